@@ -1,0 +1,96 @@
+"""Records that the stages exchange. Stages hand each other these and never dicts.
+
+Shapes: S sequences (rollouts, then supervised rows), K objectives, T packed tokens, N predicted
+tokens (those whose log-prob enters the loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One of the K things that are optimised and reweighted: a reward, or a supervised loss."""
+
+    name: str
+    kind: Literal["reward", "loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of an rl source, templated and tokenised."""
+
+    source: str
+    row: int  # row number in its source; the pair (source, row) identifies the prompt
+    token_ids: list[int]
+    text: str  # the user's turn after the prompt template, for reports
+    answer: Any  # ground truth, as the source gives it
+    entry: Mapping[str, Any]  # the source's whole row, for verifiers
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedRow:
+    """One row of an sft source. Tokens from `num_prompt_tokens` on are targets."""
+
+    source: str
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What the data stage hands over for one step."""
+
+    prompts: list[Prompt]
+    supervised: list[SupervisedRow]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How an engine samples. `temperature` 0 is greedy. top_p and top_k are left at 1 and off:
+    only then are sampled log-probs those of the policy that is trained."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion. Rollouts of one prompt share `group` and stand side by side."""
+
+    prompt: Prompt
+    group: int
+    token_ids: list[int]  # completion only; ends with EOS where finish_reason is "stop"
+    logprobs: list[float]  # of the sampled tokens, at the sampling temperature
+    finish_reason: FinishReason
+    text: str  # the completion, special tokens removed
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSample:
+    """What a reward function is given."""
+
+    completion: str
+    answer: Any
+    entry: Mapping[str, Any]
+    num_tokens: int
+    max_new_tokens: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTable:
+    """Rewards of one step. NaN means that the objective is absent from that rollout."""
+
+    values: np.ndarray  # [S, K] float32
+    failures: Mapping[str, int] = field(default_factory=dict)  # e.g. {"accuracy/timeout": 2}
