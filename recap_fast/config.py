@@ -177,8 +177,6 @@ class TrainingConfig(_Model):
     """Optimizer steps per batch of rollouts. Above 1 the sampled log-probs are the old policy's."""
     max_tokens: int = Field(8192, ge=16)
     """Packed tokens in one forward pass; a step takes as many passes as it needs."""
-    share_prefixes: bool = True
-    """Compute each prompt once for its whole group instead of once per rollout. Exact."""
 
 
 class EvaluationConfig(_Model):

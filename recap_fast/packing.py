@@ -1,0 +1,224 @@
+"""Packs rollouts and supervised rows into flat batches without padding.
+
+Everything that the device needs is decided here, on the host, from masks and rewards: which
+sequences carry a gradient, which hidden states enter the loss, and the denominators. After the
+upload nothing has to be asked back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast.attention import AttentionLayout, Segment, build_layout
+from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.types import Rollout, SupervisedRow
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One forward pass. T packed tokens, N predicted tokens."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, position in the token's own sequence
+    layout: AttentionLayout
+    hidden_index: Tensor  # [N] int64: packed position whose hidden state predicts target n
+    targets: Tensor  # [N] int64
+    sequence_ids: Tensor  # [N] int32, of the whole update, not of this pass
+    token_objectives: Tensor  # [N] int32: -1 policy token, k >= 0 supervised token of objective k
+    rollout_logprobs: Tensor  # [N] float32, 0 for supervised tokens
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return PackedBatch(
+            *(
+                value.to(device)
+                if isinstance(value, AttentionLayout)
+                else value.to(device, non_blocking=True)
+                for value in (getattr(self, item.name) for item in fields(self))
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedUpdate:
+    """All passes of one optimizer step, and what they share. S sequences, K objectives."""
+
+    batches: list[PackedBatch]
+    advantages: Tensor  # [S, K] float32; NaN where the objective is absent
+    denominators: Tensor  # [K] float32
+    kl_denominator: Tensor  # [] float32
+    num_policy_tokens: int  # that enter the loss, over all batches
+    num_packed_tokens: int
+
+    def to(self, device: torch.device) -> PackedUpdate:
+        return replace(
+            self,
+            batches=[batch.to(device) for batch in self.batches],
+            advantages=self.advantages.to(device, non_blocking=True),
+            denominators=self.denominators.to(device, non_blocking=True),
+            kl_denominator=self.kl_denominator.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    index: int  # row of `advantages`
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float] | None  # None: supervised
+    objective: int  # -1: policy
+    group: int  # sequences of a group share their prompt; -1: shares with none
+
+
+def pack_update(
+    rollouts: Sequence[Rollout],
+    advantages: np.ndarray,
+    supervised: Sequence[SupervisedRow],
+    supervised_objectives: Sequence[int],
+    *,
+    config: PolicyLossConfig,
+    max_tokens: int,
+    share_prefixes: bool = True,
+) -> PackedUpdate:
+    """Packs the rows of one optimizer step.
+
+    Rollouts whose advantages are all zero, or absent, have no gradient when there is neither a KL
+    nor an entropy term. They are left out of the batches, and counted in the denominators.
+
+    Args:
+        advantages: [S, K] float32 of the rollouts, NaN where the objective is absent.
+        supervised_objectives: for each supervised row the objective its tokens belong to.
+        max_tokens: packed tokens in one batch at most.
+        share_prefixes: whether rollouts of a group share their prompt's tokens.
+
+    Raises:
+        ValueError: a sequence alone has more than `max_tokens` tokens.
+    """
+    num_objectives = advantages.shape[1]
+    sequences = _to_sequences(rollouts, supervised, supervised_objectives)
+    table = np.full((len(sequences), num_objectives), np.nan, dtype=np.float32)
+    table[: len(rollouts)] = advantages
+    has_gradient = np.nan_to_num(table).any(axis=1) | bool(config.kl_coef or config.entropy_coef)
+    kept = [s for s in sequences if s.objective >= 0 or has_gradient[s.index]]
+    batches = [
+        _pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)
+    ]
+    return PackedUpdate(
+        batches=batches,
+        advantages=torch.from_numpy(table),
+        denominators=torch.from_numpy(_denominators(sequences, table, config)),
+        kl_denominator=torch.tensor(float(_count(sequences[: len(rollouts)], config))),
+        num_policy_tokens=sum(len(s.completion) for s in kept if s.objective < 0),
+        num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
+    )
+
+
+def _to_sequences(
+    rollouts: Sequence[Rollout],
+    supervised: Sequence[SupervisedRow],
+    supervised_objectives: Sequence[int],
+) -> list[_Sequence]:
+    sequences = [
+        _Sequence(i, r.prompt.token_ids, r.token_ids, r.logprobs, -1, r.group)
+        for i, r in enumerate(rollouts)
+    ]
+    for row, objective in zip(supervised, supervised_objectives, strict=True):
+        split = row.num_prompt_tokens
+        ids = row.token_ids
+        sequences.append(
+            _Sequence(len(sequences), ids[:split], ids[split:], None, objective, -1)
+        )
+    return sequences
+
+
+def _count(sequences: Sequence[_Sequence], config: PolicyLossConfig) -> int:
+    if config.aggregation == "token":
+        return sum(len(s.completion) for s in sequences)
+    return sum(bool(s.completion) for s in sequences)
+
+
+def _denominators(
+    sequences: Sequence[_Sequence], table: np.ndarray, config: PolicyLossConfig
+) -> np.ndarray:
+    """[K] tokens (or sequences) to which each objective applies, never below 1."""
+    counts = np.zeros(table.shape[1], dtype=np.float32)
+    for sequence in sequences:
+        amount = _count([sequence], config)
+        if sequence.objective >= 0:
+            counts[sequence.objective] += amount
+        else:
+            counts += amount * ~np.isnan(table[sequence.index])
+    return np.maximum(counts, 1.0)
+
+
+def _split(
+    sequences: Sequence[_Sequence], max_tokens: int, share_prefixes: bool
+) -> Iterator[list[_Sequence]]:
+    """Greedy, in order, so that a group stays together as far as it fits."""
+    chunk: list[_Sequence] = []
+    used, group = 0, -1
+    for sequence in sequences:
+        alone = len(sequence.prompt) + len(sequence.completion) - 1
+        shares = share_prefixes and sequence.group >= 0 and sequence.group == group
+        cost = len(sequence.completion) - 1 if shares else alone
+        if alone > max_tokens:
+            raise ValueError(
+                f"one sequence has {alone} tokens, training.max_tokens is {max_tokens}"
+            )
+        if chunk and used + cost > max_tokens:
+            yield chunk
+            chunk, used, cost = [], 0, alone
+        chunk.append(sequence)
+        used += cost
+        group = sequence.group
+    if chunk:
+        yield chunk
+
+
+def _pack(sequences: Sequence[_Sequence], share_prefixes: bool) -> PackedBatch:
+    """Lays sequences end to end. The last token of each predicts nothing and is left out."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    hidden_index: list[int] = []
+    group, prefix = -1, range(0)
+    for sequence in sequences:
+        own = sequence.completion[:-1]
+        shares = share_prefixes and sequence.group >= 0
+        if not (shares and sequence.group == group):
+            group = sequence.group
+            prefix = range(len(ids), len(ids) + len(sequence.prompt))
+            ids += sequence.prompt
+            positions += range(len(sequence.prompt))
+            if shares:
+                segments.append(Segment(range(0), prefix))
+        start = len(ids)
+        ids += own
+        positions += range(len(sequence.prompt), len(sequence.prompt) + len(own))
+        tail = range(start, start + len(own))
+        if not shares:
+            segments.append(Segment(range(0), range(prefix.start, tail.stop)))
+        elif own:
+            segments.append(Segment(prefix, tail))
+        hidden_index += [prefix.stop - 1, *tail]
+    return PackedBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        layout=build_layout(segments),
+        hidden_index=torch.tensor(hidden_index),
+        targets=torch.tensor([t for s in sequences for t in s.completion]),
+        sequence_ids=_repeat([s.index for s in sequences], sequences),
+        token_objectives=_repeat([s.objective for s in sequences], sequences),
+        rollout_logprobs=torch.tensor(
+            [p for s in sequences for p in (s.logprobs or [0.0] * len(s.completion))]
+        ),
+    )
+
+
+def _repeat(values: Sequence[int], sequences: Sequence[_Sequence]) -> Tensor:
+    lengths = torch.tensor([len(s.completion) for s in sequences])
+    return torch.tensor(values, dtype=torch.int32).repeat_interleave(lengths)
