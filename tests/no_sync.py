@@ -1,0 +1,117 @@
+"""A context manager that fails on anything that would make the host wait for the device."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# Operators that hand a value to Python or whose output's shape depends on values.
+SYNCING_PACKETS = {
+    aten._local_scalar_dense,  # .item(), bool(), int(), float(), use as an index or a slice bound
+    aten.equal,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.argwhere,
+    aten.masked_select,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten._unique,
+    aten._unique2,
+    aten.bincount,
+}
+INDEXING_PACKETS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+COPYING_PACKETS = {aten._to_copy, aten.copy_, aten.copy}
+
+# Methods that the dispatcher does not see where the tensor is already on the CPU.
+SYNCING_METHODS = {
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.cpu,
+}
+
+
+class HostSyncError(AssertionError):
+    """Raised at the offending call, so that the traceback names its line."""
+
+
+class ForbidHostSync:
+    """Raise `HostSyncError` on host syncs while the context is open.
+
+    Caught on any device: `.item()` and what calls it, `.tolist()`, `.numpy()`, `.cpu()`, indexing
+    with a bool mask (read or written), outputs shaped by values, and copies from `device` to any
+    other. On CUDA torch's own sync debug mode is set to "error" as well. Not caught:
+    `torch.cuda.synchronize()` and waiting on events.
+
+    Args:
+        device: what must not be left; copies *to* it from elsewhere are allowed.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._modes = (_ForbidMethods(), _ForbidOperators(self.device))
+
+    def __enter__(self) -> ForbidHostSync:
+        for mode in self._modes:
+            mode.__enter__()
+        if self.device.type == "cuda":
+            self._debug_mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(self._debug_mode)
+        for mode in reversed(self._modes):
+            mode.__exit__(kind, error, traceback)
+
+
+class _ForbidMethods(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in SYNCING_METHODS:
+            raise HostSyncError(f"Tensor.{function.__name__} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+class _ForbidOperators(TorchDispatchMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = operator.overloadpacket
+        if packet in SYNCING_PACKETS:
+            raise HostSyncError(f"{operator} waits for the device")
+        if packet is aten.repeat_interleave and kwargs.get("output_size") is None:
+            raise HostSyncError(f"{operator} without output_size waits for the device")
+        if packet in INDEXING_PACKETS and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
+            raise HostSyncError(f"{operator} with a bool mask waits for the device")
+        if packet in COPYING_PACKETS:
+            self._check_copy(operator, args, kwargs)
+        return operator(*args, **kwargs)
+
+    def _check_copy(self, operator: Any, args: Any, kwargs: Any) -> None:
+        if operator.overloadpacket is aten._to_copy:
+            source, target = args[0].device, kwargs.get("device") or args[0].device
+        else:
+            source, target = args[1].device, args[0].device
+        if source.type == self.device.type and torch.device(target).type != source.type:
+            raise HostSyncError(f"{operator} copies from {source} to {target}")
