@@ -1,0 +1,89 @@
+"""The arguments of the policy loss as one record, and their checks.
+
+Shapes: N tokens, H hidden, V vocabulary, S sequences, K objectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.ops._validate import (
+    FULL_DTYPES,
+    INTEGER_DTYPES,
+    NUMBER_DTYPES,
+    check_head,
+    check_tensor,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LossArguments:
+    """Arguments of `fused_linear_policy_loss`, which documents them. None: not given."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N]
+    sequence_ids: Tensor  # [N]
+    rewards: Tensor | None  # [S, K]
+    advantages: Tensor | None  # [S, K]
+    group_ids: Tensor | None  # [S]
+    objective_weights: Tensor | None  # [K]
+    token_objectives: Tensor | None  # [N]
+    old_logprobs: Tensor | None  # [N]
+    ref_logprobs: Tensor | None  # [N]
+    rollout_logprobs: Tensor | None  # [N]
+    bias: Tensor | None  # [V]
+    denominators: Tensor | None  # [K]
+    kl_denominator: Tensor | float | None  # []
+
+    def check(self, config: PolicyLossConfig) -> None:
+        """Raise ValueError for a wrong shape, dtype, device or combination."""
+        check_head(self.hidden, self.weight, self.targets, self.bias)
+        s, k = self._check_table()
+        self._check_tokens()
+        device = self.hidden.device
+        for name in ("objective_weights", "denominators"):
+            if (value := getattr(self, name)) is not None:
+                check_tensor(name, value, [("K", k)], NUMBER_DTYPES, device)
+        if isinstance(self.kl_denominator, Tensor):
+            check_tensor("kl_denominator", self.kl_denominator, [], NUMBER_DTYPES, device)
+        elif not isinstance(self.kl_denominator, (int, float, type(None))):
+            got = type(self.kl_denominator).__name__
+            raise ValueError(f"kl_denominator: wanted a number or a tensor of shape [], got {got}")
+        if config.kl_coef != 0 and self.ref_logprobs is None:
+            raise ValueError(f"kl_coef={config.kl_coef}: wanted ref_logprobs [N], got None")
+        if config.rollout_is_cap is not None and self.rollout_logprobs is None:
+            cap = config.rollout_is_cap
+            raise ValueError(f"rollout_is_cap={cap}: wanted rollout_logprobs [N], got None")
+
+    def _check_table(self) -> tuple[int, int]:
+        """Check rewards, advantages and group_ids; return S and K."""
+        if (self.rewards is None) == (self.advantages is None):
+            got = "neither" if self.rewards is None else "both"
+            raise ValueError(f"wanted exactly one of rewards and advantages, got {got}")
+        name = "advantages" if self.rewards is None else "rewards"
+        shape = [("S", None), ("K", None)]
+        device = self.hidden.device
+        s, k = check_tensor(name, getattr(self, name), shape, FULL_DTYPES, device).shape
+        if k == 0 or (s == 0 and self.targets.shape[0] > 0):
+            raise ValueError(f"{name}: wanted at least one sequence and objective, got {[s, k]}")
+        if self.rewards is not None and self.group_ids is None:
+            raise ValueError("rewards: wanted group_ids [S] beside them, got None")
+        if self.group_ids is not None:
+            check_tensor("group_ids", self.group_ids, [("S", s)], INTEGER_DTYPES, device)
+        return s, k
+
+    def _check_tokens(self) -> None:
+        n, device = self.hidden.shape[0], self.hidden.device
+        ids = INTEGER_DTYPES[:2]
+        check_tensor("sequence_ids", self.sequence_ids, [("N", n)], ids, device)
+        if self.token_objectives is not None:
+            check_tensor(
+                "token_objectives", self.token_objectives, [("N", n)], INTEGER_DTYPES, device
+            )
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                check_tensor(name, value, [("N", n)], FULL_DTYPES, device)

@@ -1,0 +1,183 @@
+"""The chunk loop: logits of a few tokens at a time, statistics, and gradients where wanted.
+
+A sweep runs one GEMM for the logits of each chunk and, where gradients are wanted, overwrites the
+logits with their gradient and runs one GEMM each for hidden and weight. Nothing of size [N, V]
+ever exists.
+
+Shapes: N tokens, H hidden, V vocabulary, C tokens of a chunk. C depends on V, the dtype and the
+device only, so a token meets the same arithmetic whatever the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recap_fast.ops._validate import statistics_dtype
+from recap_fast.ops.rows import RowGradient, RowPass, blocks
+
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+"""Bytes of the logits of a chunk: the GEMMs run near their peak, and memory does not depend on N."""
+WEIGHT_ROWS = 8192
+"""Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Operands of logits = softcap(hidden @ weight.T + bias) / temperature, in one dtype."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N] int64
+    temperature: float
+    softcap: float | None
+    bfloat16_logits: bool
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """What the logits' GEMM leaves. torch's CPU GEMMs leave the dtype of their operands."""
+        if self.hidden.dtype != torch.bfloat16 or not self.hidden.is_cuda:
+            return self.hidden.dtype
+        return torch.bfloat16 if self.bfloat16_logits else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which gradients a sweep makes."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Result of a sweep. Weight and bias gradients are summed in the statistics' dtype."""
+
+    logprobs: Tensor  # [N]
+    entropy: Tensor  # [N]
+    d_hidden: Tensor | None  # [N, H], dtype of hidden
+    d_weight: Tensor | None  # [V, H]
+    d_bias: Tensor | None  # [V]
+
+    @classmethod
+    def allocate(cls, head: Head, wanted: Wanted) -> Swept:
+        (n, h), v = head.hidden.shape, head.weight.shape[0]
+        full = statistics_dtype(head.hidden.dtype)
+        device = head.hidden.device
+        # The first chunk writes d_weight without reading it; without tokens there is none.
+        new = torch.empty if n else torch.zeros
+        return cls(
+            logprobs=torch.empty(n, dtype=full, device=device),
+            entropy=torch.empty(n, dtype=full, device=device),
+            d_hidden=head.hidden.new_empty(n, h) if wanted.hidden else None,
+            d_weight=new(v, h, dtype=full, device=device) if wanted.weight else None,
+            d_bias=torch.zeros(v, dtype=full, device=device) if wanted.bias else None,
+        )
+
+
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: str = "float32",
+) -> Head:
+    """Bring weight and bias to hidden's dtype: fp32 master weights are cast once a call."""
+    return Head(
+        hidden=hidden.detach(),
+        weight=weight.detach().to(hidden.dtype),
+        bias=None if bias is None else bias.detach().to(hidden.dtype),
+        targets=targets,
+        temperature=temperature,
+        softcap=softcap,
+        bfloat16_logits=logits_dtype == "bfloat16",
+    )
+
+
+@torch.no_grad()
+def sweep(head: Head, wanted: Wanted, row_gradient: RowGradient | None = None) -> Swept:
+    """Visit every chunk once: 1 GEMM, and one more for each of hidden and weight if wanted.
+
+    `row_gradient` says how the loss depends on each row; it is needed where `wanted` is not empty.
+    """
+    n, v = head.hidden.shape[0], head.weight.shape[0]
+    device, dtype = head.hidden.device, head.gemm_dtype
+    result = Swept.allocate(head, wanted)
+    if not wanted.any():
+        row_gradient = None
+    chunk = max(1, min(n, chunk_rows(v, dtype, device)))
+    logits = torch.empty(chunk, v, dtype=dtype, device=device)
+    gradient = logits
+    if row_gradient is not None and dtype != head.hidden.dtype:
+        gradient = torch.empty_like(logits, dtype=head.hidden.dtype)
+    row_pass = RowPass.allocate(logits, head.temperature, head.softcap, overwrite=True)
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            tokens = rows.stop - start
+            _logits_gemm(head, rows, logits[:tokens])
+            for block in blocks(logits, tokens):
+                at = slice(start + block.start, start + block.stop)
+                result.logprobs[at], result.entropy[at] = row_pass.run(
+                    logits[block], head.targets[at], at, row_gradient, gradient[block]
+                )
+            if row_gradient is not None:
+                _add_gradients(head, rows, gradient[:tokens], result)
+    return result
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens C of a chunk."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return max(1, CHUNK_BYTES[kind] // (vocabulary * dtype.itemsize))
+
+
+def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:
+    hidden, weight = head.hidden[rows], head.weight.t()
+    if out.dtype != hidden.dtype:  # CUDA: bfloat16 operands, float32 result
+        torch.mm(hidden, weight, out_dtype=out.dtype, out=out)
+        if head.bias is not None:
+            out += head.bias
+    elif head.bias is not None:
+        torch.addmm(head.bias, hidden, weight, out=out)
+    else:
+        torch.mm(hidden, weight, out=out)
+    if head.bfloat16_logits and out.dtype != torch.bfloat16:
+        out.copy_(out.bfloat16())
+
+
+def _add_gradients(head: Head, rows: slice, gradient: Tensor, result: Swept) -> None:
+    """GEMMs of one chunk from its logits' gradient [C, V]."""
+    hidden = head.hidden[rows]
+    if result.d_hidden is not None:
+        torch.mm(gradient, head.weight, out=result.d_hidden[rows])
+    if result.d_weight is not None:
+        _accumulate_weight(result.d_weight, gradient, hidden, first=rows.start == 0)
+    if result.d_bias is not None:
+        result.d_bias.add_(gradient.sum(0, dtype=result.d_bias.dtype))
+
+
+def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """total [V, H] += gradient [C, V].T @ hidden [C, H], summed over chunks in total's dtype."""
+    beta = 0.0 if first else 1.0
+    if total.dtype == hidden.dtype:
+        torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # torch's CPU GEMM has no float32 result for bfloat16 operands
+        for start in range(0, total.shape[0], WEIGHT_ROWS):
+            block = slice(start, start + WEIGHT_ROWS)
+            part = torch.mm(gradient[:, block].t(), hidden)
+            if first:
+                total[block].copy_(part)
+            else:
+                total[block].add_(part)
