@@ -1,0 +1,310 @@
+"""The built-in reward functions.
+
+Each takes a `RewardSample` and parameters by keyword, and returns a number. A truth that it cannot
+use raises: `recap_fast.rewards` counts that and leaves the reward out. What a model wrote never
+raises: it gets the lowest score.
+
+Reward workers import this module, so it is free of torch, and heavy imports wait until needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from recap_fast.types import RewardSample
+
+
+def extract_answer(completion: str) -> str:
+    """The part of a completion that is compared with the truth.
+
+    The last <answer>...</answer>, if there is one. Otherwise, of what follows the last </think>,
+    the last \\boxed{...} or else all of it.
+    """
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return completion[start + len("<answer>") : end].strip()
+    text = completion.rpartition("</think>")[2]
+    boxed = _last_boxed(text)
+    return (text if boxed is None else boxed).strip()
+
+
+def _last_boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...} whose braces are balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for index in range(start + len("\\boxed"), len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
+            return text[start + len("\\boxed{") : index]
+    return None
+
+
+def accuracy(sample: RewardSample, *, choices: str | None = None) -> float:
+    """1 if the extracted answer is right, else 0.
+
+    Right is what math-verify finds equal, or what is the same text after normalisation (case,
+    Unicode form, whitespace, closing punctuation), or, for a truth that is a single letter, an
+    answer that names it: "B", "(b)", "B. Paris", "the answer is B".
+
+    Args:
+        choices: column of the source with the list of options. Then the truth may be an option's
+            letter, its number from 0, or its text, and so may the answer (except the number).
+
+    Raises:
+        ValueError, TypeError, KeyError: the truth or the options are not of that form.
+    """
+    prediction = extract_answer(sample.completion)
+    if choices is not None:
+        return float(_is_right_choice(prediction, sample.answer, sample.entry[choices]))
+    truth = _truth_text(sample.answer)
+    return float(
+        _normalise(prediction) == _normalise(truth)
+        or _is_same_letter(prediction, truth)
+        or _is_mathematically_equal(prediction, truth)
+    )
+
+
+def _truth_text(answer: Any) -> str:
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return str(answer)
+    if not isinstance(answer, str):
+        raise TypeError(f"the truth must be a text or a number, got {answer!r}")
+    text = answer.rpartition("####")[2].strip()  # GSM8K: the solution, then "#### result"
+    if not text:
+        raise ValueError("the truth is empty")
+    return text
+
+
+def _normalise(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    return " ".join(text.split()).strip("\"'`*").rstrip(".!").strip()
+
+
+_TRUTH_LETTER = re.compile(r"\(?([A-Z])\)?\.?")
+_OPTION_LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$)")
+_ANSWER_IS = re.compile(
+    r"\b(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\(?([A-Z])\)?(?![A-Za-z'])", re.IGNORECASE
+)
+
+
+def _letter(text: str) -> str | None:
+    """The option letter that an answer names."""
+    text = text.strip().strip("*")
+    if match := _OPTION_LETTER.match(text):
+        return (match[1] or match[2]).upper()
+    named = _ANSWER_IS.findall(text)
+    return named[-1].upper() if named else None
+
+
+def _is_same_letter(prediction: str, truth: str) -> bool:
+    match = _TRUTH_LETTER.fullmatch(truth)
+    return match is not None and _letter(prediction) == match[1]
+
+
+def _is_right_choice(prediction: str, answer: Any, options: Any) -> bool:
+    if not isinstance(options, list | tuple) or not options:
+        raise TypeError(f"the options must be a list, got {options!r}")
+    texts = [_normalise(str(option)) for option in options]
+    right = _choice_index(answer, texts)
+    normalised = _normalise(prediction)
+    if normalised in texts:
+        return texts.index(normalised) == right
+    return _letter(prediction) == chr(ord("A") + right)
+
+
+def _choice_index(answer: Any, texts: Sequence[str]) -> int:
+    """Number of the right option, from 0."""
+    index = answer
+    if isinstance(answer, str):
+        letter = _TRUTH_LETTER.fullmatch(answer.strip())
+        if _normalise(answer) in texts:
+            index = texts.index(_normalise(answer))
+        elif letter:
+            index = ord(letter[1]) - ord("A")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(texts):
+        raise ValueError(f"the truth {answer!r} is none of the {len(texts)} options")
+    return index
+
+
+_PLAIN_INTEGER = re.compile(r"[+-]?\d{1,18}")
+_LATEX_COMMAND = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|exp|pi)\b")
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_NUMBER_WITH_UNIT = re.compile(r"[^\w\s]*\d[\d.,/]*\s*[^\W\d]+")
+
+
+def _is_mathematically_equal(prediction: str, truth: str) -> bool:
+    if _PLAIN_INTEGER.fullmatch(prediction) and _PLAIN_INTEGER.fullmatch(truth):
+        return int(prediction) == int(truth)  # the most frequent case, at no cost
+    # Of a truth in words math-verify would compare a number that happens to be in it.
+    if _has_words(truth) and not _NUMBER_WITH_UNIT.fullmatch(truth):
+        return False
+    from math_verify import verify
+
+    # Without time limits: math-verify's use SIGALRM, and the pool has its own.
+    return bool(verify(_parse(truth), _parse(prediction), timeout_seconds=None))
+
+
+def _has_words(text: str) -> bool:
+    return _WORD.search(_LATEX_COMMAND.sub(" ", text)) is not None
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> list[Any]:
+    """math-verify's reading of a text. Rollouts of one group share the truth: hence the cache."""
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of missing time limits
+    parsed: list[Any] = parse(text, parsing_timeout=None)
+    if not _has_words(text) and "$" not in text:
+        # A formula without delimiters is found only inside some; prose would be read as a product.
+        parsed = parsed + parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    return parsed
+
+
+_THINKING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+
+
+def thinking_format(sample: RewardSample, *, prompt_opens_think: bool = False) -> float:
+    """1 if a completion is <think>...</think> and then <answer>...</answer>, each tag exactly
+    once, both with content, and nothing but whitespace around them; else 0.
+
+    Args:
+        prompt_opens_think: the chat template ends the prompt with "<think>", so the completion
+            starts inside of it.
+    """
+    text = "<think>" + sample.completion if prompt_opens_think else sample.completion
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    match = _THINKING.fullmatch(text)
+    if match is None or any(text.count(tag) != 1 for tag in tags):
+        return 0.0
+    return float(bool(match[1].strip() and match[2].strip()))
+
+
+def answer_format(sample: RewardSample) -> float:
+    """1 if a completion has exactly one <answer>...</answer>, with content; else 0. Text around
+    it is allowed."""
+    before, opening, rest = sample.completion.partition("<answer>")
+    inside, closing, after = rest.partition("</answer>")
+    if not opening or not closing or not inside.strip():
+        return 0.0
+    outside = before + after
+    return float(
+        "<answer>" not in inside and "<answer>" not in outside and "</answer>" not in outside
+    )
+
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+
+def iou(sample: RewardSample) -> float:
+    """Intersection over union of the box in the answer and the true one, in [0, 1].
+
+    Boxes are [x1, y1, x2, y2] with x1 < x2 and y1 < y2, in the truth's coordinates. An answer
+    without such a box gets 0; of several boxes the last one counts.
+
+    Raises:
+        ValueError: the truth is no such box.
+    """
+    truth = _box(json.dumps(sample.answer) if isinstance(sample.answer, list) else sample.answer)
+    if truth is None:
+        raise ValueError(f"the truth must be a box [x1, y1, x2, y2], got {sample.answer!r}")
+    box = _box(extract_answer(sample.completion))
+    if box is None:
+        return 0.0
+    width = max(0.0, min(box[2], truth[2]) - max(box[0], truth[0]))
+    height = max(0.0, min(box[3], truth[3]) - max(box[1], truth[1]))
+    overlap = width * height
+    return overlap / (_area(box) + _area(truth) - overlap)
+
+
+def _box(text: Any) -> list[float] | None:
+    found = _BOX.findall(text) if isinstance(text, str) else []
+    if not found:
+        return None
+    x1, y1, x2, y2 = box = [float(number) for number in found[-1]]
+    return box if x1 < x2 and y1 < y2 and math.isfinite(_area(box)) else None
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def overlong(
+    sample: RewardSample, *, max_length: int | None = None, buffer: int | None = None
+) -> float:
+    """DAPO's soft over-long punishment (arXiv 2503.14476, equation 13): 0 up to
+    `max_length - buffer` tokens, from there linearly down to -1 at `max_length`, and -1 beyond.
+
+    Args:
+        max_length: in tokens; unset: the longest completion the run allows.
+        buffer: in tokens; unset: a fifth of `max_length`, as in the paper (4096 of 20480).
+
+    Raises:
+        ValueError: buffer is not within 1 .. max_length.
+    """
+    longest = sample.max_new_tokens if max_length is None else max_length
+    width = max(1, longest // 5) if buffer is None else buffer
+    if not 1 <= width <= longest:
+        raise ValueError(f"buffer must be within 1 and max_length {longest}, got {width}")
+    excess = sample.num_tokens - (longest - width)
+    return -min(max(excess, 0) / width, 1.0)
+
+
+def reasoning_gym(
+    sample: RewardSample,
+    *,
+    dataset: str | None = None,
+    dataset_parameters: Mapping[str, Any] | None = None,
+) -> float:
+    """The score that a reasoning-gym dataset's own verifier gives the extracted answer.
+
+    Args:
+        dataset: its name. Unset: the source's, or what the row's metadata say.
+        dataset_parameters: with which it was made. Unset: the source's.
+
+    Raises:
+        ValueError: there is no such dataset, or the row does not say which.
+    """
+    name = dataset
+    if name is None:
+        metadata = sample.entry.get("metadata")
+        name = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
+        if name is None:
+            raise ValueError(
+                "the row has no metadata.source_dataset: name the dataset in the reward's "
+                "parameters, e.g. {function: reasoning_gym, parameters: {dataset: chain_sum}}"
+            )
+    verifier = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
+    return float(verifier(extract_answer(sample.completion), dict(sample.entry)))
+
+
+@lru_cache(maxsize=256)
+def _gym_verifier(name: str, parameters: str) -> Callable[[str, dict[str, Any]], float]:
+    from reasoning_gym import create_dataset
+
+    score: Callable[[str, dict[str, Any]], float] = create_dataset(
+        name, **json.loads(parameters)
+    ).score_answer
+    return score
+
+
+BUILTIN: dict[str, Callable[..., float]] = {
+    "accuracy": accuracy,
+    "thinking_format": thinking_format,
+    "answer_format": answer_format,
+    "iou": iou,
+    "overlong": overlong,
+    "reasoning_gym": reasoning_gym,
+}
+"""Reward functions that a configuration can name."""

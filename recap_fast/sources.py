@@ -1,0 +1,338 @@
+"""Where rows come from: JSON Lines and Parquet files, hub datasets, reasoning-gym.
+
+What a source's rows must look like is checked when it is opened, as far as that is possible without
+generating all of them. Messages name the source, the file and the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from recap_fast.config import SourceConfig
+from recap_fast.prompts import Message
+
+_FILE_ENDINGS = (".jsonl", ".parquet")
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+class DataError(ValueError):
+    """A source that cannot be used. Its text is meant for the user."""
+
+
+class Rows(Protocol):
+    """The rows of one source, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]: ...
+
+    def where(self, row: int) -> str:
+        """Where a row comes from, for messages."""
+        ...
+
+
+def open_rows(config: SourceConfig, seed: int) -> Rows:
+    """Opens a source.
+
+    Raises:
+        DataError: it is missing, malformed, empty, or lacks a column that is needed.
+    """
+    if config.reasoning_gym is not None:
+        return _ProceduralRows(config, seed)
+    assert config.path is not None
+    path = Path(config.path)
+    if path.suffix in _FILE_ENDINGS:
+        return _open_file(config, path)
+    looks_like_file = path.is_absolute() or config.path.startswith(".") or path.exists()
+    if looks_like_file or re.search(r"\.(json|csv|tsv|txt|arrow|gz|zst|zip)$", config.path):
+        raise DataError(
+            f"source {config.name!r}: {config.path}: wanted a file ending in .jsonl or .parquet, "
+            f"or a hub dataset's name, got {_describe_path(path)}"
+        )
+    if not _HUB_NAME.fullmatch(config.path):
+        raise DataError(
+            f"source {config.name!r}: {config.path!r} is neither a file ending in .jsonl or "
+            f".parquet nor a hub dataset's name (owner/name)"
+        )
+    return _open_hub(config)
+
+
+def _describe_path(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return f"the ending {path.suffix!r}" if path.suffix else "no ending"
+
+
+def _open_file(config: SourceConfig, path: Path) -> Rows:
+    if not path.is_file():
+        raise DataError(f"source {config.name!r}: {path}: no such file")
+    if config.subset is not None or config.split != "train":
+        raise DataError(
+            f"source {config.name!r}: subset and split are for hub datasets; {path} is a file"
+        )
+    if path.suffix == ".jsonl":
+        return _JsonlRows(config, path)
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # pyarrow and datasets share no base class for a bad file
+        cause = error.__cause__ or error
+        raise DataError(
+            f"source {config.name!r}: {path}: cannot be read as Parquet: {_first_line(cause)}"
+        ) from error
+    return _TableRows(config, table, str(path))
+
+
+def _open_hub(config: SourceConfig) -> Rows:
+    import datasets
+
+    name = f"hub dataset {config.path!r}, split {config.split!r}"
+    try:
+        table = datasets.load_dataset(config.path, config.subset, split=config.split)
+    except Exception as error:  # the hub, the network and the loaders share no base class
+        raise DataError(
+            f"source {config.name!r}: {name} could not be loaded: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    return _TableRows(config, table, name)
+
+
+class _JsonlRows:
+    """A JSON Lines file. All of it is parsed and checked once; afterwards only the rows' offsets
+    are kept, and rows are parsed again as they are drawn."""
+
+    def __init__(self, config: SourceConfig, path: Path) -> None:
+        self._path = path
+        self._starts = array("Q")
+        self._lines = array("Q")
+        if path.stat().st_size == 0:
+            raise DataError(f"source {config.name!r}: {path}: the file is empty")
+        with path.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for start, number, line in self._scan():
+            where = f"{path}:{number}"
+            _check_row(_parse_line(line, config, where), config, where)
+            self._starts.append(start)
+            self._lines.append(number)
+        if not self._starts:
+            raise DataError(f"source {config.name!r}: {path}: no rows, only blank lines")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        start = self._starts[row]
+        end = self._bytes.find(b"\n", start)
+        line = self._bytes[start : end if end >= 0 else len(self._bytes)]
+        entry: dict[str, Any] = json.loads(line)
+        return entry
+
+    def where(self, row: int) -> str:
+        return f"{self._path}:{self._lines[row]}"
+
+    def _scan(self) -> Iterator[tuple[int, int, bytes]]:
+        """Offset, line number (from 1) and bytes of every line that is not blank."""
+        start, number = 0, 0
+        if self._bytes[:3] == b"\xef\xbb\xbf":  # a byte order mark is not JSON
+            start = 3
+        self._bytes.seek(start)
+        while line := self._bytes.readline():
+            number += 1
+            if line.strip():
+                yield start, number, line
+            start += len(line)
+
+
+def _parse_line(line: bytes, config: SourceConfig, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"source {config.name!r}: {where}: not UTF-8: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"source {config.name!r}: {where}: not valid JSON: {error.msg} at column {error.colno}"
+        ) from None
+    if not isinstance(entry, dict):
+        raise DataError(
+            f"source {config.name!r}: {where}: wanted a JSON object, got {type(entry).__name__}"
+        )
+    return entry
+
+
+class _TableRows:
+    """A table of the `datasets` library: a Parquet file or a hub dataset."""
+
+    def __init__(self, config: SourceConfig, table: Any, name: str) -> None:
+        self._table = table
+        self._name = name
+        _check_columns(table.column_names, config, name)
+        if len(table) == 0:
+            raise DataError(f"source {config.name!r}: {name}: no rows")
+        nulls = table.data.column(config.question).null_count
+        if nulls:
+            raise DataError(
+                f"source {config.name!r}: {name}: column {config.question!r} is null in {nulls} "
+                f"of {len(table)} rows"
+            )
+        _check_row(self[0], config, self.where(0))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        entry: dict[str, Any] = self._table[row]
+        return entry
+
+    def where(self, row: int) -> str:
+        return f"{self._name}: row {row}"
+
+
+class _ProceduralRows:
+    """A reasoning-gym dataset: row i is generated from the source's seed and i when it is asked
+    for."""
+
+    def __init__(self, config: SourceConfig, seed: int) -> None:
+        from reasoning_gym.factory import DATASETS
+
+        name = config.reasoning_gym
+        assert name is not None
+        if name not in DATASETS:
+            raise DataError(
+                f"source {config.name!r}: reasoning-gym has no dataset {name!r}"
+                f"{nearest(name, DATASETS)}"
+            )
+        self._name = name
+        self._dataset = self._create(config, DATASETS[name][1], seed_of(seed, config.name))
+        _check_row(self[0], config, self.where(0))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        try:
+            entry: dict[str, Any] = self._dataset[row]
+        except Exception as error:  # whatever a generator raises for parameters it cannot meet
+            raise DataError(
+                f"{self.where(row)} cannot be generated: {type(error).__name__}: "
+                f"{_first_line(error)}"
+            ) from error
+        return entry
+
+    def where(self, row: int) -> str:
+        return f"reasoning-gym {self._name!r}: row {row}"
+
+    @staticmethod
+    def _create(config: SourceConfig, config_class: type, seed: int) -> Any:
+        from reasoning_gym import create_dataset
+
+        known = [field.name for field in fields(config_class)]
+        for parameter in config.parameters:
+            if parameter == "size":
+                raise DataError(
+                    f"source {config.name!r}: `size` is a key of the source, not of its parameters"
+                )
+            if parameter not in known:
+                raise DataError(
+                    f"source {config.name!r}: reasoning-gym {config.reasoning_gym!r} has no "
+                    f"parameter {parameter!r}{nearest(parameter, known)}"
+                )
+        try:
+            return create_dataset(
+                config.reasoning_gym, **{"seed": seed, **config.parameters, "size": config.size}
+            )
+        except Exception as error:  # validated by assertions, type errors come from anywhere
+            raise DataError(
+                f"source {config.name!r}: reasoning-gym {config.reasoning_gym!r} refuses the "
+                f"parameters {config.parameters}: {_first_line(error) or type(error).__name__}"
+            ) from error
+
+
+def _check_row(entry: Mapping[str, Any], config: SourceConfig, where: str) -> None:
+    _check_columns(list(entry), config, where)
+    read_question(entry, config, where)
+    if config.kind == "sft":
+        read_target(entry, config, where)
+
+
+def _check_columns(columns: Sequence[str], config: SourceConfig, where: str) -> None:
+    for key, column in (("question", config.question), ("answer", config.answer)):
+        if column is not None and column not in columns:
+            raise DataError(
+                f"source {config.name!r}: {where}: no column {column!r} (`{key}` of the source); "
+                f"columns there: {', '.join(map(str, columns)) or 'none'}"
+            )
+
+
+def read_question(
+    entry: Mapping[str, Any], config: SourceConfig, where: str
+) -> str | list[Message]:
+    """The question: a text, or a conversation that ends with the user's turn."""
+    question = entry[config.question]
+    if isinstance(question, str) and question.strip():
+        return question
+    if isinstance(question, list) and question and all(map(_is_message, question)):
+        if question[-1]["role"] == "user":
+            return question
+        got = f"a conversation whose last turn is the {question[-1]['role']}'s, not the user's"
+    else:
+        got = f"{type(question).__name__} {_shorten(question)}"
+    raise DataError(
+        f"source {config.name!r}: {where}: column {config.question!r}: wanted a text or a list of "
+        f'{{"role": ..., "content": text}} messages, got {got}'
+    )
+
+
+def _is_message(turn: Any) -> bool:
+    return (
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+    )
+
+
+def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
+    """The target text of a supervised row; numbers are written out."""
+    assert config.answer is not None
+    answer = entry[config.answer]
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return str(answer)
+    raise DataError(
+        f"source {config.name!r}: {where}: column {config.answer!r}: wanted a text or a number, "
+        f"got {type(answer).__name__} {_shorten(answer)}"
+    )
+
+
+def seed_of(*parts: Any) -> int:
+    """A 32-bit seed that depends on all parts and on nothing else (`hash` differs by process)."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def nearest(word: str, valid: Any) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = sorted(valid)
+    more = ", ..." if len(names) > 12 else ""
+    return f"; valid are {', '.join(names[:12])}{more}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
