@@ -15,6 +15,7 @@ aten = torch.ops.aten
 SYNCING_PACKETS = {
     aten._local_scalar_dense,  # .item(), bool(), int(), float(), use as an index or a slice bound
     aten.equal,
+    aten.allclose,
     aten.is_nonzero,
     aten.nonzero,
     aten.argwhere,
@@ -28,12 +29,13 @@ SYNCING_PACKETS = {
 INDEXING_PACKETS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 COPYING_PACKETS = {aten._to_copy, aten.copy_, aten.copy}
 
-# Methods that the dispatcher does not see where the tensor is already on the CPU.
+# Methods that the dispatcher does not see, some of them only where the tensor is on the CPU.
 SYNCING_METHODS = {
     torch.Tensor.tolist,
     torch.Tensor.numpy,
     torch.Tensor.__array__,
     torch.Tensor.cpu,
+    torch.Tensor.__repr__,
 }
 
 
@@ -44,10 +46,10 @@ class HostSyncError(AssertionError):
 class ForbidHostSync:
     """Raise `HostSyncError` on host syncs while the context is open.
 
-    Caught on any device: `.item()` and what calls it, `.tolist()`, `.numpy()`, `.cpu()`, indexing
-    with a bool mask (read or written), outputs shaped by values, and copies from `device` to any
-    other. On CUDA torch's own sync debug mode is set to "error" as well. Not caught:
-    `torch.cuda.synchronize()` and waiting on events.
+    Caught on any device: `.item()` and what calls it, `.tolist()`, `.numpy()`, `.cpu()`, `repr`,
+    indexing with a bool mask (read or written), outputs shaped by values, and copies from
+    `device` to any other. On CUDA torch's own sync debug mode is set to "error" as well. Not
+    caught: `torch.cuda.synchronize()` and waiting on events.
 
     Args:
         device: what must not be left; copies *to* it from elsewhere are allowed.
