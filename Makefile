@@ -1,0 +1,45 @@
+# `make train` and `make test` do all their set-up in .venv themselves; see tools/setup_venv.sh.
+# Variables: ARGS is passed on (make train ARGS="--set seed=1"); PYTHON chooses the interpreter
+# that .venv is made with; CONFIG is what `make train` runs.
+CONFIG ?= examples/smollm2-cpu.yaml
+ARGS ?=
+PYTHON ?=
+BIN := .venv/bin
+
+# Packages of another environment must not shadow those of .venv.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help venv train test bench lint format clean
+
+help:
+	@echo "make train   train SmolLM2-135M with RECAP, evaluate before and after, write a report"
+	@echo "make test    run the test suite (ARGS: pytest's)"
+	@echo "make bench   run the benchmarks"
+	@echo "make lint    check style and types"
+	@echo "make format  apply the style"
+	@echo "make clean   remove caches and build products (not .venv, not runs)"
+
+venv:
+	@PYTHON="$(PYTHON)" tools/setup_venv.sh
+
+train: venv
+	$(BIN)/recap-fast train $(CONFIG) $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv
+	$(BIN)/recap-fast bench $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
