@@ -61,9 +61,7 @@ class AttentionLayout:
 
     def to(self, device: torch.device) -> AttentionLayout:
         buckets = tuple(bucket.to(device) for bucket in self.buckets)
-        return AttentionLayout(
-            buckets, self.gather.to(device, non_blocking=True), self.max_length
-        )
+        return AttentionLayout(buckets, self.gather.to(device, non_blocking=True), self.max_length)
 
 
 def build_layout(segments: Sequence[Segment]) -> AttentionLayout:

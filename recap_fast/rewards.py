@@ -33,7 +33,7 @@ import numpy as np
 
 from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
 from recap_fast.reward_functions import BUILTIN
-from recap_fast.types import Objective, RewardSample, RewardTable, Rollout
+from recap_fast.types import Objective, RewardSample, RewardTable, Rollout, UserError
 
 __all__ = ["BUILTIN", "RewardError", "RewardFunction", "RewardScorer", "resolve"]
 
@@ -44,8 +44,8 @@ _START_SECONDS = 60.0
 _BATCHES_PER_WORKER = 4  # evens out their load
 
 
-class RewardError(ValueError):
-    """A reward that cannot be used, or that failed too often. Its text is meant for the user."""
+class RewardError(UserError):
+    """A reward that cannot be used, or that failed too often."""
 
 
 def resolve(spec: RewardSpec | str) -> tuple[RewardFunction, dict[str, Any]]:

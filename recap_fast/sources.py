@@ -19,13 +19,14 @@ from typing import Any, Protocol
 
 from recap_fast.config import SourceConfig
 from recap_fast.prompts import Message
+from recap_fast.types import UserError
 
 _FILE_ENDINGS = (".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-class DataError(ValueError):
-    """A source that cannot be used. Its text is meant for the user."""
+class DataError(UserError):
+    """A source that cannot be used."""
 
 
 class Rows(Protocol):
@@ -82,9 +83,15 @@ def _open_file(config: SourceConfig, path: Path) -> Rows:
     if path.suffix == ".jsonl":
         return _JsonlRows(config, path)
     import datasets
+    from pyarrow.parquet import ParquetFile
 
     try:
+        # Looked into first: of a file with no rows, `datasets` says something misleading.
+        if ParquetFile(path).metadata.num_rows == 0:
+            raise DataError(f"source {config.name!r}: {path}: no rows")
         table = datasets.Dataset.from_parquet(str(path))
+    except DataError:
+        raise
     except Exception as error:  # pyarrow and datasets share no base class for a bad file
         cause = error.__cause__ or error
         raise DataError(

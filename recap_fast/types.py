@@ -15,6 +15,10 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 
 
+class UserError(ValueError):
+    """Something that the user can mend. The command line prints its text and exits with 2."""
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """One of the K things that are optimised and reweighted: a reward, or a supervised loss."""

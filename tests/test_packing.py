@@ -100,9 +100,7 @@ def test_packed_gradients_equal_one_at_a_time(share_prefixes):
         hidden = run()
         weights = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
         (hidden * weights).sum().backward()
-        gradients.append(
-            [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
-        )
+        gradients.append([p.grad.clone() for p in policy.model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     for expected, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,101 @@
+"""Checkpoints: a Hugging Face model folder, with the trainer's state beside the weights.
+
+A checkpoint is written under a temporary name, flushed, and renamed: a folder called step-* is
+always complete. Tensors are safetensors, the rest is JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recap_fast.types import UserError
+
+_TENSORS = "trainer_state.safetensors"
+_STATE = "trainer_state.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there or cannot be continued from."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Everything beside the weights that a continued run needs to give the same numbers."""
+
+    step: int
+    data: Mapping[str, Any]  # the data stream's cursor
+    tensors: Mapping[str, Tensor]  # optimizer, reweighter, generators
+    counters: Mapping[str, Any]  # JSON-able odds and ends
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainerState,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    keep: int,
+) -> Path:
+    """Writes folder/step-NNNNNN and removes all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{state.step:06d}"
+    staging = folder / f".{final.name}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    save_file(tensors, staging / _TENSORS)
+    content = {"step": state.step, "data": state.data, "counters": state.counters}
+    (staging / _STATE).write_text(json.dumps(content), encoding="utf-8")
+    _flush(staging)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staging, final)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the folder's files are on the disk, so that the rename cannot overtake them."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / _STATE).exists())
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: no checkpoint to resume from")
+    return found[-1]
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """Reads what stands beside the weights. The weights are read by `from_pretrained`."""
+    try:
+        content = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / _TENSORS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
+    return TrainerState(content["step"], content["data"], tensors, content["counters"])

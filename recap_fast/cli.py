@@ -1,0 +1,141 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 the user can mend it, and how is printed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from recap_fast.types import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="GRPO with replay, dynamic objective weights and fused losses.",
+)
+_console = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="replace a key, e.g. training.steps=20"),
+]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="continue the run from its checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option(help="remove an earlier run in the folder")] = False,
+) -> None:
+    """Train, evaluate before and after, and write report.html."""
+    from recap_fast.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    _quieten()
+    from recap_fast.report import write_report
+    from recap_fast.trainer import Trainer
+
+    trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
+    try:
+        finished = trainer.train()
+        report = write_report(trainer.run_dir)
+    finally:
+        trainer.close()
+    if finished:
+        print(f"finished {loaded.training.steps} steps; report: {report}")
+    else:
+        print(f"stopped after step {trainer.step}, checkpoint saved; --resume continues")
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="YAML file or run folder", metavar="CONFIG|RUN")],
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate the model of a configuration, or the newest checkpoint of a run."""
+    from recap_fast.config import load_config
+
+    is_run = source.is_dir()
+    loaded = load_config(source / "config.yaml" if is_run else source, overrides or ())
+    _quieten()
+    from recap_fast.checkpoint import latest_checkpoint
+    from recap_fast.evaluate import evaluate_model
+
+    path = str(latest_checkpoint(source / "checkpoints")) if is_run else loaded.model.path
+    for name, value in evaluate_model(loaded, path).items():
+        print(f"{name}\t{value:.4f}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]) -> None:
+    """Write RUN/report.html from the run's records."""
+    from recap_fast.report import write_report
+
+    print(write_report(run))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    suite: Annotated[str, typer.Argument(help="policy_loss or step")] = "policy_loss",
+) -> None:
+    """Run a benchmark from a checkout of the repository; further arguments go to it."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    script = folder / f"bench_{suite}.py"
+    if not script.exists():
+        known = ", ".join(sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py")))
+        raise UserError(f"bench: no suite {suite!r}; there are: {known or 'none (not a checkout)'}")
+    raise SystemExit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and why not the rest."""
+    from recap_fast.doctor import run_doctor
+
+    raise SystemExit(run_doctor())
+
+
+def _quieten() -> None:
+    """One log through rich; the libraries' own progress bars would tear the live view."""
+    handler = RichHandler(console=_console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("recap_fast").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point."""
+    from recap_fast.rollout.preload import ensure_preload
+
+    if sys.argv[1:2] in (["train"], ["eval"]):
+        ensure_preload()
+    try:
+        app()
+    except UserError as error:
+        _console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        raise SystemExit(2) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

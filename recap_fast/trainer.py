@@ -1,0 +1,419 @@
+"""The training loop: GRPO with replay, every objective reweighted by RECAP.
+
+One step, in order: draw rows; sample a group of rollouts for every prompt; score them; weigh the
+objectives (rewards of this step, supervised losses of the step before: theirs are known only
+after the forward pass); pack rollouts and supervised rows into one flat batch; one forward and
+backward pass over it; AdamW; push the weights into the rollout engine; write metrics.
+
+Simplifications that are deliberate: rollouts and training take turns on one device; the policy is
+the one that sampled (ratio 1) unless `training.updates_per_rollout` is above 1, and then the
+sampled log-probs stand for the old policy's.
+
+    recap-fast train examples/smollm2-cpu.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast.checkpoint import (
+    CheckpointError,
+    TrainerState,
+    latest_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
+from recap_fast.data import DataStream
+from recap_fast.evaluate import Evaluator
+from recap_fast.metrics import MetricsWriter, ProgressView
+from recap_fast.model import load_policy, load_tokenizer, resolve_model
+from recap_fast.ops import group_advantages
+from recap_fast.optimization import PolicyOptimizer, UpdateStats, learning_rate
+from recap_fast.packing import PackedUpdate, pack_update
+from recap_fast.rewards import RewardScorer
+from recap_fast.reweighting import make_reweighter
+from recap_fast.rollout.mismatch import MismatchGuard
+from recap_fast.rollout.protocol import iter_weights, make_engine
+from recap_fast.types import RewardTable, Rollout, SamplingSpec, StepRows
+
+logger = logging.getLogger(__name__)
+
+_SEED_STRIDE = 1_000_003
+"""Prime distance between the sampling seeds of two runs, so that their steps share none."""
+
+
+class Trainer:
+    """Trains one model from a configuration, into the run folder that it names.
+
+    Args:
+        config: what `load_config` returned.
+        resume: continue from the newest checkpoint in the run folder.
+        overwrite: remove what an earlier run left in the folder.
+
+    Raises:
+        UserError: the configuration, model, data, rewards or run folder cannot be used.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.config = config
+        self.run_dir = Path(config.run)
+        self._checkpoints = self.run_dir / "checkpoints"
+        checkpoint = _prepare_folder(config, self.run_dir, resume, overwrite)
+        state = load_state(checkpoint) if checkpoint else None
+        self.step = state.step if state else 0
+        self._names = [objective.name for objective in config.objectives]
+        self._kinds = [objective.kind for objective in config.objectives]
+
+        # What the user can get wrong comes first, what takes long comes last.
+        model_path = resolve_model(config.model.path)
+        self.tokenizer = load_tokenizer(model_path)
+        self.stream = DataStream(config.data, self.tokenizer, config.seed)
+        self.scorer = RewardScorer(config.data.sources, config.objectives, config.rewards)
+        self.policy = load_policy(config.model, str(checkpoint or model_path))
+        reference = None
+        if config.model.reference is not None and config.loss.kl_coef:
+            initial = config.model.reference == "initial"
+            path = model_path if initial else resolve_model(config.model.reference)
+            reference = load_policy(config.model, path, trainable=False)
+        self.optimizer = PolicyOptimizer(self.policy, reference, config)
+        self.reweighter = make_reweighter(
+            config.reweighting.method, len(self._names), **_reweighter_arguments(config),
+            device=self.policy.device,
+        )  # fmt: skip
+        self._losses = torch.full((len(self._names),), torch.nan, device=self.policy.device)
+        self.engine = make_engine(
+            config.rollout,
+            model=self.policy.model,
+            model_path=model_path,
+            tokenizer=self.tokenizer,
+            max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            seed=config.seed,
+            device=self.policy.device,
+        )
+        self.guard = MismatchGuard(config.rollout, self.engine)
+        self.evaluator = Evaluator(config, self.policy, self.engine, self.scorer, self.stream)
+        if state:
+            self._restore(state)
+        self.engine.sync_weights(iter_weights(self.policy.model))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.run_dir / "config.yaml")
+        self.metrics = MetricsWriter(self.run_dir, config, start_step=self.step)
+
+    def train(self) -> bool:
+        """Runs the remaining steps. Returns False when SIGTERM or Ctrl-C ended the run early, with
+        a checkpoint written."""
+        steps = self.config.training.steps
+        with _signals() as stop, ProgressView(self.config, self.step) as view:
+            if self.step == 0 and self.config.evaluation.before:
+                self._log(view, {"step": 0} | self.evaluator.run())
+            while self.step < steps and not stop:
+                cursor = self.stream.state_dict()
+                row = self._train_step(stop)
+                if row is None:  # stopped before the optimizer step: nothing has changed
+                    self.stream.load_state_dict(cursor)
+                    break
+                if self._is_due(self.config.evaluation.every, self.config.evaluation.after):
+                    row |= self.evaluator.run()
+                self._log(view, row)
+                if self._is_due(self.config.checkpoint.every, True):
+                    self.save()
+        finished = self.step >= steps
+        if not finished:
+            path = self.save()
+            logger.warning("stopped after step %d; continue with --resume (%s)", self.step, path)
+        return finished
+
+    def _train_step(self, stop: Sequence[int]) -> dict[str, Any] | None:
+        started = time.perf_counter()
+        rows = self.stream.next_step()
+        rollouts = self._generate(rows)
+        sampled = time.perf_counter()
+        rewards = self.scorer.score(rollouts, self.config.rollout.max_new_tokens)
+        scored = time.perf_counter()
+        if stop:
+            return None
+        advantages = self._advantages(rollouts, rewards)
+        updates = self._pack(rows, rollouts, advantages)
+        weights = self._reweigh(rewards)
+        lr = learning_rate(
+            self.step,
+            self.config.training.steps,
+            self.config.optimizer.learning_rate,
+            self.config.optimizer.warmup_fraction,
+        )
+        stats = [
+            self.optimizer.step(update.to(self.policy.device), weights, lr) for update in updates
+        ]
+        if rows.supervised:
+            self._losses = torch.stack([s.objective_losses for s in stats]).mean(0)
+        device_metrics = self._to_host(stats)
+        trained = time.perf_counter()
+        self.engine.sync_weights(iter_weights(self.policy.model))
+        synced = time.perf_counter()
+
+        self.step += 1
+        self.metrics.write_rollouts(self.step, rollouts, rewards)
+        tokens = sum(len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts)
+        tokens += sum(len(row.token_ids) for row in rows.supervised)
+        return {
+            "step": self.step,
+            "lr": lr,
+            **device_metrics,
+            **self._host_metrics(rollouts, rewards, updates),
+            "time/rollout": sampled - started,
+            "time/reward": scored - sampled,
+            "time/train": trained - scored,
+            "time/sync": synced - trained,
+            "time/total": synced - started,
+            "tokens_per_second": tokens / (synced - started),
+        }
+
+    def _generate(self, rows: StepRows) -> list[Rollout]:
+        settings = self.config.rollout
+        sampling = SamplingSpec(
+            n=settings.group_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=self.config.seed * _SEED_STRIDE + self.step,
+        )
+        return self.engine.generate(rows.prompts, sampling) if rows.prompts else []
+
+    def _advantages(self, rollouts: Sequence[Rollout], rewards: RewardTable) -> np.ndarray:
+        """[S, K] float32; NaN where the objective is absent."""
+        groups = torch.tensor([r.group for r in rollouts], dtype=torch.int64)
+        settings = self.config.advantages
+        table = group_advantages(
+            torch.from_numpy(rewards.values), groups, normalize=settings.normalize, eps=settings.eps
+        ).numpy()
+        return np.where(np.isnan(rewards.values), np.float32(np.nan), table)
+
+    def _pack(
+        self, rows: StepRows, rollouts: Sequence[Rollout], advantages: np.ndarray
+    ) -> list[PackedUpdate]:
+        """One packed update per optimizer step; groups and supervised rows are dealt in turn."""
+        count = self.config.training.updates_per_rollout
+        objective_of = {s.name: s.objective for s in self.config.data.sources}
+        updates = []
+        for turn in range(count):
+            mine = [i for i, r in enumerate(rollouts) if r.group % count == turn]
+            replay = rows.supervised[turn::count]
+            updates.append(
+                pack_update(
+                    [rollouts[i] for i in mine],
+                    advantages[mine],
+                    replay,
+                    [self._names.index(objective_of[row.source]) for row in replay],
+                    config=self.config.loss,
+                    max_tokens=self.config.training.max_tokens,
+                )
+            )
+        return updates
+
+    def _reweigh(self, rewards: RewardTable) -> Tensor:
+        """lambda [K] for this step, from its rewards and from the losses of the step before."""
+        means = torch.from_numpy(_column_means(rewards.values))
+        values = means.to(self._losses.device, non_blocking=True)
+        # A supervised objective's column holds no rewards, and is NaN.
+        values = torch.where(torch.isnan(values), self._losses, values)
+        return self.reweighter.update(values, ~torch.isnan(values))
+
+    def _to_host(self, stats: Sequence[UpdateStats]) -> dict[str, float]:
+        """The step's one copy from the device."""
+        reweighter = self.reweighter
+        per_objective = {
+            "weight": reweighter.weights,
+            "rate": reweighter.rates,
+            "instability": reweighter.instabilities,
+            "loss": torch.stack([s.objective_losses for s in stats]).mean(0),
+            "clip_fraction": torch.stack([s.clip_fraction for s in stats]).mean(0),
+        }
+        scalars = {
+            "entropy": torch.stack([s.entropy for s in stats]).mean(),
+            "kl": torch.stack([s.kl for s in stats]).mean(),
+            "grad_norm": torch.stack([s.grad_norm for s in stats]).mean(),
+            "skipped_updates": torch.stack([s.skipped for s in stats]).sum(),
+            "rollout/logprob_diff_mean": stats[0].logprob_diff_mean,
+            "rollout/logprob_diff_max": stats[0].logprob_diff_max,
+        }
+        names = [f"{kind}/{name}" for kind in per_objective for name in self._names] + [*scalars]
+        values = torch.cat([*per_objective.values(), torch.stack([*scalars.values()])])
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _host_metrics(
+        self, rollouts: Sequence[Rollout], rewards: RewardTable, updates: Sequence[PackedUpdate]
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        zero_std = _zero_std_fractions(rollouts, rewards.values)
+        for k, name in enumerate(self._names):
+            if self._kinds[k] == "reward":
+                metrics[f"reward/{name}"] = float(_column_means(rewards.values)[k])
+                metrics[f"zero_std_fraction/{name}"] = zero_std[k]
+        if rollouts:
+            lengths = [len(r.token_ids) for r in rollouts]
+            metrics["rollout/completion_tokens"] = float(np.mean(lengths))
+            cut = [r.finish_reason == "length" for r in rollouts]
+            metrics["rollout/truncated_fraction"] = float(np.mean(cut))
+        metrics["train/policy_tokens"] = sum(u.num_policy_tokens for u in updates)
+        metrics["train/packed_tokens"] = sum(u.num_packed_tokens for u in updates)
+        metrics |= {f"failed/{key}": count for key, count in rewards.failures.items()}
+        metrics |= {f"skipped/{key}": count for key, count in self.stream.skipped.items()}
+        return metrics
+
+    def _log(self, view: ProgressView, row: Mapping[str, Any]) -> None:
+        self.metrics.write(row)
+        view.update(row)
+        if row.get("train/policy_tokens"):
+            self.guard.check(
+                row["rollout/logprob_diff_mean"], row["rollout/logprob_diff_max"], row["step"]
+            )
+
+    def _is_due(self, every: int, at_end: bool) -> bool:
+        last = self.step == self.config.training.steps
+        return (last and at_end) or (not last and every > 0 and self.step % every == 0)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step and returns its folder."""
+        tensors = {f"optimizer/{name}": t for name, t in self.optimizer.named_state()}
+        tensors |= {f"reweighter/{k}": t for k, t in self.reweighter.state_dict().items()}
+        tensors |= {"losses": self._losses, "rng/cpu": torch.get_rng_state()}
+        if self.policy.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        state = TrainerState(self.step, self.stream.state_dict(), tensors, {})
+        keep = self.config.checkpoint.keep
+        return save_checkpoint(self._checkpoints, state, self.policy.model, self.tokenizer, keep)
+
+    def _restore(self, state: TrainerState) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                key.removeprefix(prefix): tensor
+                for key, tensor in state.tensors.items()
+                if key.startswith(prefix)
+            }
+
+        self.optimizer.load_named_state(part("optimizer/"))
+        self.reweighter.load_state_dict(part("reweighter/"))
+        self._losses = state.tensors["losses"].to(self.policy.device)
+        torch.set_rng_state(state.tensors["rng/cpu"])
+        if "rng/cuda" in state.tensors and self.policy.device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"])
+        self.stream.load_state_dict(state.data)
+
+    def close(self) -> None:
+        """Stops the workers and the engine."""
+        self.metrics.close()
+        self.scorer.close()
+        self.engine.close()
+
+
+def _reweighter_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Turns what the user names by objective into lists in the objectives' order."""
+    arguments = dict(config.reweighting.parameters)
+    names = [objective.name for objective in config.objectives]
+    if "signals" in arguments:
+        raise ConfigError("reweighting.parameters.signals: use reweighting.signals instead")
+    if isinstance(arguments.get("weights"), dict):
+        given = arguments["weights"]
+        if set(given) != set(names):
+            raise ConfigError(
+                f"reweighting.parameters.weights: wanted one for each of {names}, got {list(given)}"
+            )
+        arguments["weights"] = [float(given[name]) for name in names]
+    arguments["signals"] = [
+        config.reweighting.signals.get(o.name, o.kind) for o in config.objectives
+    ]
+    return arguments
+
+
+def _prepare_folder(
+    config: TrainConfig, run_dir: Path, resume: bool, overwrite: bool
+) -> Path | None:
+    """Returns the checkpoint to resume from, if any; makes sure that no run is overwritten."""
+    used = (run_dir / "config.yaml").exists()
+    if resume:
+        if not used:
+            raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
+        checkpoint = latest_checkpoint(run_dir / "checkpoints")
+        _check_resumable(config, run_dir, load_state(checkpoint).step)
+        return checkpoint
+    if used and not overwrite:
+        raise ConfigError(
+            f"run: {run_dir} already holds a run: --resume continues it, --overwrite removes it, "
+            f"--set run=FOLDER starts another"
+        )
+    if used:
+        shutil.rmtree(run_dir)
+    return None
+
+
+def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
+    if step >= config.training.steps:
+        raise CheckpointError(
+            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done. "
+            f"Ask for more with --set training.steps=N"
+        )
+    before = load_config(run_dir / "config.yaml")
+    if before.objectives != config.objectives:
+        old, new = ([o.name for o in c.objectives] for c in (before, config))
+        raise ConfigError(f"run: {run_dir} was trained on objectives {old}, not on {new}")
+    changed = [
+        key
+        for key, value in config.model_dump(mode="json").items()
+        if value != before.model_dump(mode="json")[key]
+    ]
+    if changed:
+        logger.warning("resuming with other settings under: %s", ", ".join(changed))
+
+
+def _column_means(values: np.ndarray) -> np.ndarray:
+    """[S, K] -> [K] mean over the rows that are present; NaN where none is."""
+    present = ~np.isnan(values)
+    count = present.sum(0)
+    sums = np.where(present, values, 0).sum(0, dtype=np.float64)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+def _zero_std_fractions(rollouts: Sequence[Rollout], values: np.ndarray) -> list[float]:
+    """Per objective, the share of groups whose rewards are all equal; NaN without groups."""
+    groups = np.array([r.group for r in rollouts])
+    flat: list[list[bool]] = [[] for _ in range(values.shape[1])]
+    for group in np.unique(groups):
+        rows = values[groups == group]
+        for k, column in enumerate(rows.T):
+            present = column[~np.isnan(column)]
+            if len(present):
+                flat[k].append(bool(np.ptp(present) == 0))
+    return [float(np.mean(found)) if found else float("nan") for found in flat]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning("%s: saving and stopping", signal.Signals(number).name)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
