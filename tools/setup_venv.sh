@@ -44,16 +44,16 @@ find_python() {
 
 # Runs a command with its output in the log, and shows how far it is.
 step() {
-    local title=$1 began=$SECONDS shown=0 pid last
+    local title=$1 began=$SECONDS shown=0 pid last start
     shift
     printf '\n== %s\n' "$title" >>"$LOG"
+    start=$(wc -c <"$LOG")
     "$@" >>"$LOG" 2>&1 &
     pid=$!
     trap 'kill $pid 2>/dev/null' EXIT
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.5
-        last=$(grep -aE '^ *(Collecting|Downloading|Processing|Building|Installing)' "$LOG" |
-            tail -n 1 | cut -c 1-60 || true)
+        last=$(tail -c +"$start" "$LOG" | tail -n 1 | tr -s ' ' | cut -c 1-60)
         if [ -t 1 ]; then
             printf '\r\033[K[set-up] %s  %ds  %s' "$title" $((SECONDS - began)) "$last"
         elif [ $((SECONDS - began)) -ge $((shown + 20)) ]; then
