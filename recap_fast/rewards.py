@@ -398,12 +398,12 @@ class RewardScorer:
         )
         try:
             problems = self._pool.schedule(_worker_problems).result(timeout=_START_SECONDS)
-        except FutureTimeoutError:
+        except (FutureTimeoutError, BrokenExecutor) as error:
             self.close()
             raise RewardError(
-                f"the reward workers did not start within {_START_SECONDS:.0f} s; a script that "
-                f'trains needs `if __name__ == "__main__":` around what it runs'
-            ) from None
+                f"the reward workers did not start ({_describe(error)}); a script that trains "
+                f'needs `if __name__ == "__main__":` around what it runs'
+            ) from error
         if problems:
             self.close()
             raise RewardError(f"the reward workers cannot start: {problems[0]}")
