@@ -145,6 +145,34 @@ def test_a_constant_value_has_rate_1_and_no_instability() -> None:
     np.testing.assert_allclose(reweighter.instabilities.numpy(), 0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "max_rate", "rate"),
+    [
+        (0.5, 0.0, None, 0.5e6),
+        (0.5, 2.0**-30, None, 0.5e6),
+        (0.5, -(2.0**-30), None, -0.5e6),
+        (0.5, 2.0**-19, None, 0.5 * 2**19),  # just above the least denominator
+        (0.5, -(2.0**-30), 10.0, -10.0),
+        (0.5, 0.0, 10.0, 10.0),
+        (0.0, 0.0, 10.0, 0.0),
+    ],
+)
+def test_denominators_near_zero(
+    before: float, now: float, max_rate: float | None, rate: float
+) -> None:
+    reweighter = RecapReweighter(1, window=1, max_rate=max_rate)
+    for value in (before, now):
+        reweighter.update(torch.tensor([value]))
+    assert reweighter.rates.item() == pytest.approx(rate, rel=1e-6)
+
+
+def test_instability_where_the_means_cancel() -> None:
+    reweighter = RecapReweighter(1, window=1)
+    for value in (0.5, -0.5):
+        reweighter.update(torch.tensor([value]))
+    assert reweighter.instabilities.item() == pytest.approx(math.sqrt(0.5) * 1e6, rel=1e-6)
+
+
 def test_warm_up_is_per_objective() -> None:
     reweighter = RecapReweighter(3, window=2)
     never_third = torch.tensor([True, True, False])
