@@ -146,7 +146,7 @@ def _clamp(log_ratio: Tensor) -> Tensor:
 def _token_scale(member: Tensor, sequence: Tensor, c: PolicyLossConfig) -> Tensor:
     """a_t [N]; member [S, N] bool."""
     if c.aggregation == "sequence":
-        return 1.0 / member.sum(1).clamp(min=1)[sequence]
+        return 1.0 / member.sum(1).clamp(min=1).double()[sequence]
     scale = 1.0 if c.aggregation == "token" else 1.0 / c.max_completion_length
     return torch.full(sequence.shape, scale, dtype=torch.float64, device=sequence.device)
 
