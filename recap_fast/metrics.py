@@ -199,7 +199,7 @@ def _truncate(path: Path, last_step: int) -> None:
     """Drops a file's rows after a step, atomically: a crash leaves the old file or the new."""
     if not path.exists():
         return
-    rows = [row for row in _read_rows(path) if 0 < last_step and row["step"] <= last_step]
+    rows = [row for row in _read_rows(path) if last_step > 0 and row["step"] <= last_step]
     replacement = path.with_suffix(".tmp")
     replacement.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(replacement, path)

@@ -11,7 +11,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from recap_fast.config import TrainConfig
 
@@ -19,10 +20,10 @@ Array = np.ndarray
 
 _COLOURS = ("#2563eb", "#e4572e", "#0f9d74", "#8b5cf6", "#d69a00", "#0891b2", "#be3f7d", "#64748b")
 _STAGE_COLOURS = {
-    "rollout": "#3b82c4",
-    "reward": "#f2b134",
-    "train": "#e4572e",
-    "sync": "#8b5cf6",
+    "rollout": "#1e5f8c",
+    "reward": "#e9b44c",
+    "train": "#7fb3d5",
+    "sync": "#9a8fbf",
 }
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 _STYLE = {
@@ -56,6 +57,7 @@ _STYLE = {
 _SIZE = (6.4, 3.3)  # inches
 _DPI = 150
 _MAX_BARS = 300
+_NOISY, _SMOOTH, _EXACT = 0.1, 0.025, 0.0  # share of a series that its drawn average spans
 _FEW_POINTS = 12  # below it points are marked, or a run of one step would show nothing
 
 
@@ -101,7 +103,8 @@ def draw_plots(history: RunHistory, config: TrainConfig, folder: Path) -> list[P
     plots = []
     with mpl.rc_context(_STYLE):
         for name, caption, draw in _FIGURES:
-            figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+            layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)
+            figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
             if draw(figure, history, config):
                 path = folder / f"{name}.png"
                 figure.savefig(path)
@@ -110,16 +113,13 @@ def draw_plots(history: RunHistory, config: TrainConfig, folder: Path) -> list[P
 
 
 def moving_average(values: Array, window: int) -> Array:
-    """Mean over the last `window` values [n] (fewer at the start)."""
+    """Mean of about `window` values centred on each of `values` [n]; near an end, of those that
+    there are, so that one outlier there does not bend the curve."""
+    middle, reach = np.arange(len(values)), window // 2
+    starts = np.maximum(middle - reach, 0)
+    ends = np.minimum(middle + reach + 1, len(values))
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def smoothing_window(count: int) -> int:
-    """Values that a plotted average spans: a tenth of the series, from 1 to 25."""
-    return min(max(count // 10, 1), 25)
 
 
 def _objective_colours(config: TrainConfig) -> dict[str, str]:
@@ -131,14 +131,16 @@ def _label(axes: Axes, title: str, unit: str, *, xlabel: str = "step") -> None:
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
     axes.margins(x=0.02)
 
 
-def _legend(axes: Axes) -> None:
-    """A row of names between title and plot: it never hides a curve."""
+def _legend(axes: Axes, at_least: int = 2) -> None:
+    """A row of names between title and plot, where it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) < 2:
+    if len(handles) < at_least:
         return
     rows = math.ceil(len(handles) / 4)
     axes.set_title(axes.get_title(loc="left"), pad=12 + 14 * rows)
@@ -148,10 +150,11 @@ def _legend(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _curve(axes: Axes, x: Array, y: Array, colour: str, label: str, smooth: bool = True) -> None:
-    window = smoothing_window(len(y)) if smooth else 1
+def _curve(axes: Axes, x: Array, y: Array, colour: str, label: str, share: float = _NOISY) -> None:
+    """The values, faint, under their average over a share of the series."""
+    window = min(int(share * len(y)), 25)
     marker = "o" if len(y) <= _FEW_POINTS else ""
-    if window > 1:
+    if window > 2:
         axes.plot(x, y, color=colour, alpha=0.28, linewidth=1.0)
     axes.plot(x, moving_average(y, window), color=colour, label=label, marker=marker, markersize=4)
 
@@ -163,16 +166,17 @@ def _per_objective(
     prefix: str,
     *,
     kinds: Sequence[str] = ("reward", "loss"),
-    smooth: bool = True,
+    share: float = _NOISY,
+    legend_at: int = 2,
 ) -> bool:
     colours = _objective_colours(config)
     drawn = False
     for objective in config.objectives:
         x, y = history.series(f"{prefix}/{objective.name}")
         if objective.kind in kinds and len(x):
-            _curve(axes, x, y, colours[objective.name], objective.name, smooth)
+            _curve(axes, x, y, colours[objective.name], objective.name, share)
             drawn = True
-    _legend(axes)
+    _legend(axes, legend_at)
     return drawn
 
 
@@ -190,7 +194,7 @@ def _weights(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
     _label(axes, "Objective weights", "λ (mean 1)")
     axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    drawn = _per_objective(axes, history, config, "weight", smooth=False)
+    drawn = _per_objective(axes, history, config, "weight", share=_SMOOTH)
     _mark_warm_up(axes, history, config)
     return drawn
 
@@ -202,24 +206,25 @@ def _mark_warm_up(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     end = min(2 * int(config.reweighting.parameters.get("window", 10)), history.num_steps)
     if end < 2:
         return
-    axes.axvspan(1, end, color="#f1f5f9", zorder=0, linewidth=0)
-    axes.text(
-        1 + (end - 1) / 2, 0.03, "windows fill", transform=axes.get_xaxis_transform(),
-        ha="center", va="bottom", fontsize=8, color=_MUTED,
-    )  # fmt: skip
+    axes.axvspan(1, end, color="#eef2f7", zorder=0, linewidth=0)
+    if end > 0.2 * history.num_steps:  # else the words are wider than the shade
+        axes.text(
+            (1 + end) / 2, 0.03, "windows fill", transform=axes.get_xaxis_transform(),
+            ha="center", va="bottom", fontsize=8, color=_MUTED,
+        )  # fmt: skip
 
 
 def _rates(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
     _label(axes, "Convergence rates", "c (above 1: still improving)")
     axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    return _per_objective(axes, history, config, "rate", smooth=False)
+    return _per_objective(axes, history, config, "rate", share=_SMOOTH)
 
 
 def _instabilities(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
     _label(axes, "Instabilities", "i (standard deviation / means)")
-    drawn = _per_objective(axes, history, config, "instability", smooth=False)
+    drawn = _per_objective(axes, history, config, "instability", share=_SMOOTH)
     axes.set_ylim(bottom=0)
     return drawn
 
@@ -239,7 +244,7 @@ def _losses(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     }
     for axes, kind in zip(np.ravel(figure.subplots(1, len(present) or 1)), present, strict=False):
         _label(axes, *titles[kind])
-        _per_objective(axes, history, config, "loss", kinds=[kind])
+        _per_objective(axes, history, config, "loss", kinds=[kind], legend_at=1)
     return bool(present)
 
 
@@ -270,6 +275,8 @@ def _time_split(figure: Figure, history: RunHistory, config: TrainConfig) -> boo
         )  # fmt: skip
         bottom = bottom + seconds
     axes.grid(visible=False, axis="x")
+    if len(steps) < 4:  # bars as wide as the figure otherwise
+        axes.set_xlim(steps[0] - 2, steps[-1] + 2)
     _legend(axes)
     return True
 
@@ -303,6 +310,9 @@ def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
             _curve(axes, x, np.maximum(y, 1e-9), colour, name)
             drawn = True
     axes.set_yscale("log")
+    # The default labels are formulas, which are off.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     warn = config.rollout.warn_logprob_diff
     axes.axhline(
         warn, color=_COLOURS[1], linewidth=1, linestyle=(0, (4, 3)), label=f"warning ({warn:g})"
@@ -321,13 +331,12 @@ def _gradient(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     limit = config.optimizer.max_grad_norm
     if limit <= 2 * y.max():
         left.axhline(limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="clipped above")
-        _legend(left)
-    left.set_ylim(bottom=0)
     _label(right, "Learning rate", "")
-    rates_x, rates_y = history.series("lr")
-    _curve(right, rates_x, rates_y, _COLOURS[3], "learning rate", smooth=False)
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-    right.set_ylim(bottom=0)
+    _curve(right, *history.series("lr"), _COLOURS[3], "AdamW", _EXACT)
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        _legend(axes, at_least=1)
     return True
 
 
@@ -363,7 +372,7 @@ _FIGURES: tuple[tuple[str, str, _Draw], ...] = (
     (
         "weights",
         "How much each objective counts in the loss. A weight rises with its objective's rate of "
-        "improvement and its instability.",
+        "improvement and its instability; while RECAP's windows fill, all are 1.",
         _weights,
     ),
     ("rates", "Newer window's mean against the older one's.", _rates),

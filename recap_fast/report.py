@@ -108,9 +108,7 @@ def _direction(metric: str) -> Literal["higher", "lower", "neither"]:
     return "neither" if metric.endswith("tokens") else "higher"
 
 
-def _largest_standard_error(
-    mean: float, metric: str, source: SourceConfig | None
-) -> float | None:
+def _largest_standard_error(mean: float, metric: str, source: SourceConfig | None) -> float | None:
     """Of a mean over held-out rows whose values lie in [0, 1]: their variance is at most
     mean * (1 - mean) (Bhatia and Davis 2000)."""
     if source is None or metric not in source.rewards or not source.held_out or not 0 <= mean <= 1:
@@ -267,7 +265,8 @@ def _counter_section(history: RunHistory) -> str:
         kind, _, what = key.partition("/")
         if count:
             lines.append(
-                f'<tr><th>{names[kind]}</th><td>{escape(what)}</td><td class="n">{count:,}</td></tr>'
+                f"<tr><th>{names[kind]}</th><td>{escape(what)}</td>"
+                f'<td class="n">{count:,}</td></tr>'
             )
     if not lines:
         return (
@@ -348,7 +347,7 @@ _STYLE = """
 body { margin: 0; background: #f8fafc; color: #1f2937;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { margin: 0; font-size: 28px; } header p { margin: 4px 0 20px; color: #475569; }
+h1 { margin: 0; font-size: 28px; } header p { margin: 4px 0 20px; max-width: none; }
 h2 { margin: 40px 0 8px; font-size: 20px; } h3 { margin: 16px 0 8px; font-size: 15px; }
 p { margin: 4px 0 12px; max-width: 75ch; color: #475569; }
 small { color: #6b7280; font-weight: normal; font-size: 12px; }
@@ -364,8 +363,9 @@ figcaption { color: #6b7280; font-size: 13px; padding: 6px 4px 0; }
 table { border-collapse: collapse; background: #fff; border: 1px solid #e2e8f0;
   border-radius: 10px; overflow: hidden; }
 th, td { padding: 6px 14px; text-align: left; vertical-align: top; font-weight: normal; }
-tbody th { font-weight: 600; white-space: nowrap; } thead th { background: #f1f5f9; color: #475569; }
-tr + tr > * { border-top: 1px solid #f1f5f9; } tr.start + tr > *, tr + tr.start > * { }
+tbody th { font-weight: 600; white-space: nowrap; }
+thead th { background: #f1f5f9; color: #475569; }
+tr + tr > * { border-top: 1px solid #f1f5f9; }
 tr + tr.start > * { border-top: 1px solid #cbd5e1; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .better { color: #047857; font-weight: 600; }
