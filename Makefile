@@ -1,6 +1,6 @@
 # `make train` and `make test` do all their set-up in .venv themselves; see tools/setup_venv.sh.
-# Variables: ARGS is passed on (make train ARGS="--set seed=1"); PYTHON chooses the interpreter
-# that .venv is made with; CONFIG is what `make train` runs.
+# Variables: ARGS is passed on (make train ARGS="--set seed=1 --set run=runs/seed-1"); PYTHON
+# chooses the interpreter that .venv is made with; CONFIG is what `make train` runs.
 CONFIG ?= examples/smollm2-cpu.yaml
 ARGS ?=
 PYTHON ?=
@@ -12,7 +12,8 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .PHONY: help venv train test bench lint format clean
 
 help:
-	@echo "make train   train SmolLM2-135M with RECAP, evaluate before and after, write a report"
+	@echo "make train   train SmolLM2-135M with RECAP, evaluate before and after, write a report;"
+	@echo "             replaces the run of the last time"
 	@echo "make test    run the test suite (ARGS: pytest's)"
 	@echo "make bench   run the benchmarks"
 	@echo "make lint    check style and types"
@@ -23,7 +24,7 @@ venv:
 	@PYTHON="$(PYTHON)" tools/setup_venv.sh
 
 train: venv
-	$(BIN)/recap-fast train $(CONFIG) $(ARGS)
+	$(BIN)/recap-fast train $(CONFIG) --overwrite $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
