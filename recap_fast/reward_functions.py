@@ -139,19 +139,32 @@ def _choice_index(answer: Any, texts: Sequence[str]) -> int:
 _PLAIN_INTEGER = re.compile(r"[+-]?\d{1,18}")
 _LATEX_COMMAND = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|exp|pi)\b")
 _WORD = re.compile(r"[A-Za-z]{3,}")
+_LONGEST_FORMULA = 500  # characters
+_HUGE_POWER = re.compile(
+    r"(?:\^|\*\*)[\s{(]*\d{5,}"  # 2^100000
+    r"|(?:\^|\*\*)[\s{(]*\d+[\s})]*(?:\^|\*\*)"  # 9^9^9
+    r"|\d{5,}\s*!"
+)
 _NUMBER_WITH_UNIT = re.compile(r"[^\w\s]*\d[\d.,/]*\s*[^\W\d]+")
 
 
 def _is_mathematically_equal(prediction: str, truth: str) -> bool:
     if _PLAIN_INTEGER.fullmatch(prediction) and _PLAIN_INTEGER.fullmatch(truth):
         return int(prediction) == int(truth)  # the most frequent case, at no cost
+    # sympy would write such a number out, which takes hours and cannot be interrupted. The worker
+    # would be killed, but each time a whole time limit would be lost.
+    if _HUGE_POWER.search(prediction):
+        return False
     # Of a truth in words math-verify would compare a number that happens to be in it.
     if _has_words(truth) and not _NUMBER_WITH_UNIT.fullmatch(truth):
         return False
     from math_verify import verify
 
-    # Without time limits: math-verify's use SIGALRM, and the pool has its own.
-    return bool(verify(_parse(truth), _parse(prediction), timeout_seconds=None))
+    # The end of an answer, because parsers take seconds to minutes for the endless "((((" of a
+    # model that has lost its way. Without time limits: math-verify's use SIGALRM, the pool has its
+    # own.
+    parsed = _parse(prediction[-_LONGEST_FORMULA:])
+    return bool(verify(_parse(truth), parsed, timeout_seconds=None))
 
 
 def _has_words(text: str) -> bool:
@@ -184,10 +197,10 @@ def thinking_format(sample: RewardSample, *, prompt_opens_think: bool = False) -
     """
     text = "<think>" + sample.completion if prompt_opens_think else sample.completion
     tags = ("<think>", "</think>", "<answer>", "</answer>")
-    match = _THINKING.fullmatch(text)
-    if match is None or any(text.count(tag) != 1 for tag in tags):
+    if any(text.count(tag) != 1 for tag in tags):
         return 0.0
-    return float(bool(match[1].strip() and match[2].strip()))
+    match = _THINKING.fullmatch(text)
+    return float(match is not None and bool(match[1].strip() and match[2].strip()))
 
 
 def answer_format(sample: RewardSample) -> float:

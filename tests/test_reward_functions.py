@@ -109,6 +109,29 @@ def test_accuracy_without_tags():
     assert accuracy(sample("<think>It is 42.</think> It is 41.", "42")) == 0.0
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^{9^{9^9}}",
+        "9**9**9**9",
+        "2^99999999999",
+        "99999999999!",
+        "\\frac{1}{0}",
+        "1e999999",
+        "(" * 5000,
+        "1+" * 5000 + "1",
+        "9" * 20000,
+    ],
+)
+def test_what_makes_parsers_hang_is_wrong_at_once(text):
+    assert accuracy(tagged(text, "4")) == 0.0
+
+
+def test_long_answers_count_by_their_end():
+    assert accuracy(tagged("I add 1 and 2 again. " * 200 + "So it is 42.", "42")) == 1.0
+
+
 @pytest.mark.parametrize("truth", [None, "", ["42"], True])
 def test_accuracy_with_an_unusable_truth(truth):
     with pytest.raises((TypeError, ValueError), match="truth"):

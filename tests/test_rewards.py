@@ -275,7 +275,8 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
         "from recap_fast.config import RewardsConfig, SourceConfig\n"
         "from recap_fast.rewards import RewardScorer\n"
         "from recap_fast.types import Objective\n"
-        "source = SourceConfig(name='s', kind='rl', path='x.jsonl', rewards={'f': 'answer_format'})\n"
+        "rewards = {'f': 'answer_format'}\n"
+        "source = SourceConfig(name='s', kind='rl', path='x.jsonl', rewards=rewards)\n"
         "RewardScorer([source], [Objective('f', 'reward')], RewardsConfig())\n"
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
