@@ -16,7 +16,7 @@ IGNORED_TARGET = -100
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of log-probs, ratios and sums for operands of `dtype`: float32, or float64 for float64."""
+    """Dtype of log-probs, ratios and sums: float64 for float64 operands, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

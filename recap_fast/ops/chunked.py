@@ -19,7 +19,7 @@ from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
-"""Bytes of the logits of a chunk: the GEMMs run near their peak, and memory does not depend on N."""
+"""Bytes of a chunk's logits: enough for the GEMMs to run near their peak, whatever N is."""
 WEIGHT_ROWS = 8192
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
@@ -91,7 +91,10 @@ def make_head(
     softcap: float | None,
     logits_dtype: str = "float32",
 ) -> Head:
-    """Bring weight and bias to hidden's dtype: fp32 master weights are cast once a call."""
+    """Bring weight and bias to hidden's dtype: fp32 master weights are cast once a call.
+
+    float64 hidden, which asks for exactness, keeps float64 logits whatever `logits_dtype`.
+    """
     return Head(
         hidden=hidden.detach(),
         weight=weight.detach().to(hidden.dtype),
@@ -99,7 +102,7 @@ def make_head(
         targets=targets,
         temperature=temperature,
         softcap=softcap,
-        bfloat16_logits=logits_dtype == "bfloat16",
+        bfloat16_logits=logits_dtype == "bfloat16" and hidden.dtype != torch.float64,
     )
 
 

@@ -64,7 +64,7 @@ def linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=logit_softcap
         )
     operands = (hidden, weight, bias, targets, temperature, logit_softcap)
-    logprobs, entropy = _LinearLogprobs.apply(*operands)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _LinearLogprobs.apply(*operands)
     return logprobs, entropy
 
 
@@ -92,7 +92,7 @@ def selective_logprobs(
         raise ValueError(f"logits: wanted at least one vocabulary column, got {[n, v]}")
     targets = check_tensor("targets", targets, [("N", n)], (torch.int64,), logits.device)
     check_scale(temperature, None)
-    logprobs, entropy = _SelectiveLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _SelectiveLogprobs.apply(logits, targets, temperature)
     return logprobs, entropy
 
 

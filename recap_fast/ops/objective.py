@@ -18,7 +18,7 @@ from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops.tokens import TokenTable, sum_over_sequences
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before exp (5e8): further out float32 sums lose everything else."""
+"""Log-ratios are clamped to +-20 before exp: beyond 5e8 a float32 sum loses everything else."""
 
 
 def importance_ratio(

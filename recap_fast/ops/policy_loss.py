@@ -108,7 +108,7 @@ def fused_linear_policy_loss(
     if not wanted.any():
         return output
     gradients = (swept.d_hidden, swept.d_weight, swept.d_bias)
-    loss = _AttachGradients.apply(hidden, weight, bias, output.loss, *gradients)  # type: ignore[no-untyped-call]
+    loss = _AttachGradients.apply(hidden, weight, bias, output.loss, *gradients)
     return replace(output, loss=loss)
 
 
@@ -179,7 +179,9 @@ def _row_gradient(head: Head, tokens: TokenTable, config: PolicyLossConfig) -> R
     by_entropy = objective.entropy_gradient(tokens, config)
     by_logprob = None
     if objective.is_constant(tokens, config):
-        by_logprob = objective.logprob_gradient(tokens, torch.zeros_like(tokens.regulariser_share), config)
+        by_logprob = objective.logprob_gradient(
+            tokens, torch.zeros_like(tokens.regulariser_share), config
+        )
     elif config.ratio_level == "sequence":
         by_logprob = objective.logprob_gradient(tokens, sweep(head, Wanted()).logprobs, config)
 

@@ -83,9 +83,11 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
     )
     dtype = logp.dtype
     if a.rewards is not None:
+        assert a.group_ids is not None
         present = ~torch.isnan(a.rewards)
         table = group_advantages(a.rewards, a.group_ids).to(dtype)
     else:
+        assert a.advantages is not None
         present = ~torch.isnan(a.advantages)
         table = a.advantages.detach().to(dtype).masked_fill(~present, 0)
     s, k = table.shape
@@ -100,7 +102,7 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
     old = logp.detach() if a.old_logprobs is None else a.old_logprobs.to(dtype)
     ratio = _ratio(logp, old, policy, member, c)
     is_weight = torch.ones_like(logp)
-    if c.rollout_is_cap is not None:
+    if c.rollout_is_cap is not None and a.rollout_logprobs is not None:
         gap = _clamp((old - a.rollout_logprobs.to(dtype)).masked_fill(~policy, 0))
         is_weight = gap.exp().clamp(max=c.rollout_is_cap).detach()
 
@@ -147,7 +149,9 @@ def _token_scale(member: Tensor, sequence: Tensor, c: PolicyLossConfig) -> Tenso
     """a_t [N]; member [S, N] bool."""
     if c.aggregation == "sequence":
         return 1.0 / member.sum(1).clamp(min=1).double()[sequence]
-    scale = 1.0 if c.aggregation == "token" else 1.0 / c.max_completion_length
+    scale = 1.0
+    if c.aggregation == "constant" and c.max_completion_length is not None:
+        scale = 1.0 / c.max_completion_length
     return torch.full(sequence.shape, scale, dtype=torch.float64, device=sequence.device)
 
 

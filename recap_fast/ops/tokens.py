@@ -96,9 +96,7 @@ def sum_over_sequences(values: Tensor, sequence: Tensor, num_sequences: int) -> 
 
     In float64, where a sum, rounded, does not depend on the order in which a GPU adds.
     """
-    sums = torch.zeros(
-        num_sequences, *values.shape[1:], dtype=torch.float64, device=values.device
-    )
+    sums = torch.zeros(num_sequences, *values.shape[1:], dtype=torch.float64, device=values.device)
     return sums.index_add_(0, sequence, values.double()).to(values.dtype)
 
 

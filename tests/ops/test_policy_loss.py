@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recap_fast.ops import (
+    PolicyLossConfig,
+    chunked,
+    fused_linear_policy_loss,
+    group_advantages,
+)
+from tests.no_sync import ForbidHostSync
+from tests.ops.batches import Batch, batches, distance, outputs, random_batch
+
+SUMS = ("loss", "objective_losses")
+
+
+def _assert_as_exact_as_eager(batch: Batch, dtype: torch.dtype, tiny: float) -> None:
+    truth = batch.run("reference", torch.float64, rounded=dtype)
+    eager = batch.run("reference", dtype)
+    with ForbidHostSync():
+        ours = batch.run("torch", dtype)
+    assert ours.keys() == eager.keys()
+    for name, exact in truth.items():
+        assert ours[name].dtype == eager[name].dtype, name
+        if name == "clip_fraction":  # a ratio within rounding of a bound may fall on either side
+            continue
+        scale = 1 + distance(exact, torch.zeros_like(exact))
+        bound = 1.5 * distance(eager[name], exact) + tiny * scale
+        assert distance(ours[name], exact) <= bound, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
+    expected = batch.run("reference", torch.float64)
+    ours = batch.run("torch", torch.float64)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_error_is_bounded_by_that_of_eager(batch: Batch, dtype: torch.dtype) -> None:
+    # On a handful of numbers rounding is a lottery, so a rounding error is allowed on top.
+    coarse = torch.bfloat16 in (dtype, getattr(torch, batch.config.logits_dtype))
+    _assert_as_exact_as_eager(batch, dtype, tiny=4e-3 if coarse else 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_error_is_bounded_by_that_of_eager_on_many_tokens(
+    dtype: torch.dtype, off_policy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 64 * 1500 * dtype.itemsize)
+    extra = {"old": True, "ref": True, "kl_coef": 0.1, "entropy_coef": 0.05} if off_policy else {}
+    batch = random_batch(n=256, h=64, v=1500, s=16, bias=True, **extra)
+    _assert_as_exact_as_eager(batch, dtype, tiny=1e-7)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "bias"])
+def test_frozen_operands(frozen: str) -> None:
+    batch = random_batch(bias=True, entropy_coef=0.1)
+    full = batch.run("torch", torch.float32)
+    ours = batch.run("torch", torch.float32, **{frozen: batch.tensors[frozen].float()})
+    assert f"d_{frozen}" not in ours
+    for name, value in ours.items():
+        torch.testing.assert_close(value, full[name])
+
+
+def test_tied_head() -> None:
+    batch = random_batch(v=37, h=8)
+    tokens = torch.randint(0, 37, (40,))
+    gradients = []
+    for impl in ("reference", "torch"):
+        embedding = batch.tensors["weight"].clone().requires_grad_()
+        hidden = torch.nn.functional.embedding(tokens, embedding).tanh()
+        arguments = batch.tensors | {"hidden": hidden, "weight": embedding}
+        fused_linear_policy_loss(**arguments, config=batch.config, impl=impl).loss.backward()
+        gradients.append(embedding.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
+def test_master_weights_meet_hidden_in_its_dtype(hidden_dtype: torch.dtype) -> None:
+    other = torch.float32 if hidden_dtype == torch.bfloat16 else torch.bfloat16
+    batch = random_batch(n=64, bias=True)
+    hidden = batch.tensors["hidden"].to(hidden_dtype).requires_grad_()
+    weight = batch.tensors["weight"].to(other).requires_grad_()
+    bias = batch.tensors["bias"].to(other).requires_grad_()
+    mixed = batch.run("torch", torch.float32, hidden=hidden, weight=weight, bias=bias)
+    assert mixed["d_hidden"].dtype == hidden_dtype
+    assert mixed["d_weight"].dtype == mixed["d_bias"].dtype == other
+    same = {
+        "hidden": hidden.detach().requires_grad_(),
+        "weight": weight.detach().to(hidden_dtype).requires_grad_(),
+        "bias": bias.detach().to(hidden_dtype).requires_grad_(),
+    }
+    pure = batch.run("torch", torch.float32, **same)
+    assert torch.equal(mixed["d_hidden"], pure["d_hidden"])
+    torch.testing.assert_close(mixed["d_weight"].bfloat16(), pure["d_weight"].bfloat16())
+
+
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_on_policy_equals_old_being_the_log_probs(loss_type: Any, ratio_level: Any) -> None:
+    batch = random_batch(loss_type=loss_type, ratio_level=ratio_level, rollout=True)
+    on_policy = batch.run("torch", torch.float32)
+    old = batch.run("torch", torch.float32, old_logprobs=on_policy["logprobs"])
+    for name, value in on_policy.items():
+        torch.testing.assert_close(old[name], value)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_micro_batches_with_global_denominators_sum_to_the_batch(
+    aggregation: Any, ratio_level: Any
+) -> None:
+    batch = random_batch(
+        n=60,
+        s=6,
+        k=2,
+        old=True,
+        ref=True,
+        kl_coef=0.2,
+        entropy_coef=0.1,
+        aggregation=aggregation,
+        ratio_level=ratio_level,
+    )
+    t = batch.tensors
+    whole = batch.run("torch", torch.float64)
+    valid = t["targets"] != -100
+    policy = valid & (t["token_objectives"] == -1)
+    sequence = t["sequence_ids"].long().clamp(min=0)
+    applies = torch.stack(
+        [
+            policy & ~t["advantages"][sequence, k].isnan() | valid & (t["token_objectives"] == k)
+            for k in range(2)
+        ]
+    )
+
+    def count(tokens: torch.Tensor) -> int:
+        if aggregation == "token":
+            return int(tokens.sum())
+        return len(sequence[tokens].unique())
+
+    options = {
+        "denominators": torch.tensor([count(a) for a in applies]),
+        "kl_denominator": torch.tensor(count(policy)),
+    }
+    parts = []
+    for low, high in ((0, 2), (2, 6)):
+        rows = (sequence >= low) & (sequence < high) & valid
+        cut = {
+            name: value[rows]
+            for name, value in t.items()
+            if name not in ("weight", "advantages", "objective_weights")
+        }
+        keep = {name: t[name] for name in ("weight", "advantages", "objective_weights")}
+        parts.append(Batch(cut | keep, batch.config).run("torch", torch.float64, **options))
+    for name in ("loss", "objective_losses", "d_weight"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+
+
+def test_rewards_become_group_advantages() -> None:
+    batch = random_batch(rewards=True, s=9)
+    expected = group_advantages(batch.tensors["rewards"].float(), batch.tensors["group_ids"])
+    got = batch.run("torch", torch.float32)
+    assert torch.equal(got["advantages"], expected)
+    absent = batch.tensors["rewards"].isnan()
+    tensors = dict(batch.tensors)
+    del tensors["rewards"], tensors["group_ids"]
+    tensors["advantages"] = expected.double().masked_fill(absent, float("nan"))
+    again = Batch(tensors, batch.config).run("torch", torch.float32)
+    torch.testing.assert_close(again["d_hidden"], got["d_hidden"])
+
+
+@pytest.mark.parametrize("case", ["empty", "all ignored", "all absent"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_batches_without_a_signal_give_zero(case: str, impl: str) -> None:
+    batch = random_batch(n=0 if case == "empty" else 20, bias=True, supervised=False)
+    if case == "all ignored":
+        batch.tensors["targets"].fill_(-100)
+    if case == "all absent":
+        batch.tensors["advantages"].fill_(float("nan"))
+    got = batch.run(impl, torch.float32)
+    assert got["loss"] == 0
+    for name in ("d_hidden", "d_weight", "d_bias", "objective_losses"):
+        assert torch.equal(got[name], torch.zeros_like(got[name])), name
+
+
+def test_ignored_tokens_may_carry_anything() -> None:
+    batch = random_batch(old=True, ref=True, rollout=True, kl_coef=0.1)
+    expected = batch.run("torch", torch.float32)
+    ignored = batch.tensors["targets"] == -100
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        batch.tensors[name][ignored | (batch.tensors["token_objectives"] >= 0)] = float("nan")
+    got = batch.run("torch", torch.float32)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+    rows = torch.zeros(int(ignored.sum()), 8)
+    assert torch.equal(got["d_hidden"][ignored], rows)
+
+
+def test_extreme_logits_give_no_nan() -> None:
+    batch = random_batch(n=30, old=True, ref=True, kl_coef=0.1, entropy_coef=0.1, bias=True)
+    batch.tensors["hidden"] *= 3e3
+    batch.tensors["bias"][3:6] = -float("inf")
+    targets = batch.tensors["targets"]
+    targets[(targets >= 3) & (targets < 6)] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        got = batch.run("torch", dtype)
+        for name, value in got.items():
+            assert not value.isnan().any(), name
+
+
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+def test_a_forbidden_target_does_not_poison_the_batch(loss_type: Any) -> None:
+    batch = random_batch(n=12, supervised=False, bias=True, loss_type=loss_type, s=1)
+    batch.tensors["sequence_ids"].fill_(0)
+    batch.tensors["targets"].fill_(2)
+    batch.tensors["targets"][0] = 3
+    batch.tensors["bias"][3] = -float("inf")
+    batch.tensors["advantages"].fill_(0.0)
+    got = batch.run("torch", torch.float32)
+    assert got["logprobs"][0] == -float("inf")
+    assert got["loss"] == 0
+    assert torch.equal(got["d_hidden"], torch.zeros(12, 8))
+
+
+def test_only_loss_is_differentiable_and_no_grad_callers_get_plain_tensors() -> None:
+    batch = random_batch(ref=True)
+    arguments = batch.tensors | {"hidden": batch.tensors["hidden"].float().requires_grad_()}
+    arguments = {
+        k: v.float() if v.is_floating_point() and k != "hidden" else v for k, v in arguments.items()
+    }
+    output = fused_linear_policy_loss(**arguments)
+    assert output.loss.requires_grad
+    others = [output.objective_losses, output.logprobs, output.entropy, output.kl]
+    assert not any(value.requires_grad for value in others)
+    with torch.no_grad():
+        quiet = fused_linear_policy_loss(**arguments)
+    assert not quiet.loss.requires_grad
+    for name, value in outputs(quiet).items():
+        torch.testing.assert_close(value, outputs(output)[name])
+
+
+def test_grad_output_repeated_backward_and_double_backward() -> None:
+    batch = random_batch()
+    hidden = batch.tensors["hidden"].float().requires_grad_()
+    arguments = {k: v.float() if v.is_floating_point() else v for k, v in batch.tensors.items()} | {
+        "hidden": hidden
+    }
+    loss = fused_linear_policy_loss(**arguments).loss
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    with ForbidHostSync():
+        (tripled,) = torch.autograd.grad(3 * loss, hidden)
+    torch.testing.assert_close(again, first)
+    torch.testing.assert_close(tripled, 3 * first)
+    loss = fused_linear_policy_loss(**arguments).loss
+    with pytest.raises(RuntimeError, match="fused_linear_policy_loss has no double backward"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_under_autocast() -> None:
+    batch = random_batch()
+    plain = batch.run("torch", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = batch.run("torch", torch.float32)
+    torch.testing.assert_close(got["d_weight"], plain["d_weight"])
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    batch = random_batch(rewards=True)
+    first, second = (batch.run("torch", torch.float32) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantages": None}, "exactly one of rewards and advantages, got neither"),
+        ({"rewards": torch.zeros(5, 3)}, "exactly one of rewards and advantages, got both"),
+        (
+            {"advantages": None, "rewards": torch.zeros(5, 3)},
+            r"rewards: wanted group_ids \[S\] beside them, got None",
+        ),
+        ({"advantages": torch.zeros(5)}, r"advantages: wanted shape \[S, K\], got \[5\]"),
+        ({"advantages": torch.zeros(5, 0)}, r"at least one sequence and objective, got \[5, 0\]"),
+        ({"group_ids": torch.zeros(4).long()}, r"group_ids: wanted shape \[S=5\], got \[4\]"),
+        ({"sequence_ids": torch.zeros(40)}, "sequence_ids: wanted dtype int64, int32, got float32"),
+        ({"sequence_ids": torch.zeros(39).int()}, r"sequence_ids: wanted shape \[N=40\]"),
+        ({"objective_weights": torch.zeros(2)}, r"objective_weights: wanted shape \[K=3\]"),
+        ({"denominators": torch.zeros(3, 1)}, r"denominators: wanted shape \[K=3\], got \[3, 1\]"),
+        ({"kl_denominator": torch.zeros(3)}, r"kl_denominator: wanted shape \[\], got \[3\]"),
+        ({"kl_denominator": "3"}, "kl_denominator: wanted a number .*got str"),
+        ({"token_objectives": torch.zeros(40)}, "token_objectives: wanted dtype .*got float32"),
+        ({"old_logprobs": torch.zeros(40).half()}, "old_logprobs: wanted dtype .*got float16"),
+        ({"ref_logprobs": torch.zeros(2, 20)}, r"ref_logprobs: wanted shape \[N=40\]"),
+        ({"hidden": torch.zeros(2, 20, 8)}, r"hidden: wanted shape \[N, H\], got \[2, 20, 8\]"),
+        ({"config": PolicyLossConfig(kl_coef=0.1)}, "kl_coef=0.1: wanted ref_logprobs"),
+        ({"config": PolicyLossConfig(rollout_is_cap=2.0)}, "rollout_is_cap=2.0: wanted rollout_"),
+        ({"impl": "fast"}, "impl: wanted one of .*got 'fast'"),
+    ],
+)
+def test_refuses_bad_arguments(change: dict[str, Any], message: str) -> None:
+    batch = random_batch()
+    arguments = {k: v.float() if v.is_floating_point() else v for k, v in batch.tensors.items()}
+    with pytest.raises(ValueError, match=message):
+        fused_linear_policy_loss(**(arguments | change))
+
+
+def test_triton_is_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match='impl="triton" is not available'):
+        random_batch().run("triton", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_agrees_with_the_oracle_on_cuda(dtype: torch.dtype, logits_dtype: Any) -> None:
+    batch = random_batch(n=200, h=64, v=1000, bias=True, old=True, logits_dtype=logits_dtype)
+    batch.tensors = {name: value.cuda() for name, value in batch.tensors.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = batch.run("torch", dtype)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = batch.run("reference", torch.float64, rounded=dtype)
+    eager = batch.run("reference", dtype)
+    for name in ("logprobs", "d_hidden", "d_weight", "d_bias"):
+        bound = 1.5 * distance(eager[name], truth[name]) + 1e-5
+        assert distance(ours[name], truth[name]) <= bound, name
