@@ -1,0 +1,287 @@
+"""Rollouts from the trained module itself. Always works; there are no weights to sync.
+
+A prompt is read once and its keys and values are shared out to its group. Prompts of like length
+are batched, padded on the left; finished rollouts leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from recap_fast.config import RolloutConfig
+from recap_fast.rollout.protocol import build_rollouts, check_prompts, prompt_seed, stop_token_ids
+from recap_fast.types import Prompt, Rollout, SamplingSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_MAX_CACHED_TOKENS = 65_536
+"""Bounds a batch's KV cache, in tokens over all its rollouts: 1.5 GiB for a 135M model."""
+
+_COMPACT_BELOW = 0.75
+"""Finished rollouts are dropped once fewer than this share of a batch's rows is unfinished;
+dropping at every finish would copy the cache too often."""
+
+
+class EmbeddedEngine:
+    """Generates with the trainer's own module.
+
+    Args:
+        config: its `dtype` "auto" is bfloat16 autocast on CUDA and the parameters' dtype on a CPU,
+            where autocast makes small decode steps slower.
+    """
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._stop_ids = stop_token_ids(model, tokenizer)
+        parameter = next(model.parameters())
+        if config.dtype == "auto":
+            self.dtype = torch.bfloat16 if parameter.is_cuda else parameter.dtype
+        else:
+            self.dtype = getattr(torch, config.dtype)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+        check_prompts(prompts, sampling, self._max_model_len)
+        n = sampling.n if sampling.temperature > 0 else 1
+        completions: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        with inference_state(self._model, self.dtype):
+            for batch in _batches(prompts, n, sampling.max_new_tokens):
+                tokens = [prompts[index].token_ids for index in batch]
+                generators = [
+                    torch.Generator(self._model.device).manual_seed(
+                        prompt_seed(sampling.seed, index)
+                    )
+                    for index in batch
+                ]
+                decoder = _Decoder(self._model, tokens, n, generators, sampling, self._stop_ids)
+                for row, completion in enumerate(decoder.run()):
+                    completions[batch[row // n]].append(completion)
+        return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to do: the engine samples from the trained module."""
+
+    def close(self) -> None:
+        """Nothing to give back: the module is the trainer's."""
+
+
+@contextmanager
+def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Evaluation mode without gradients, in `dtype`, with an attention that reads a KV cache.
+
+    The trainer's packed attention knows only packed batches; SDPA takes its place meanwhile.
+    """
+    training, attention = model.training, model.config._attn_implementation
+    packed = attention == "recap_packed"
+    autocast = dtype != next(model.parameters()).dtype
+    try:
+        if packed:
+            model.set_attn_implementation("sdpa")
+        model.eval()
+        # Autocast around the whole loop: it then casts each weight once, not once a token.
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=autocast):
+            yield
+    finally:
+        model.train(training)
+        if packed:
+            model.set_attn_implementation(attention)
+
+
+def _batches(prompts: Sequence[Prompt], n: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts, shortest first, in batches whose cache stays within bounds."""
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
+        length = len(prompts[index].token_ids) + max_new_tokens
+        if batch and (len(batch) + 1) * n * length > _MAX_CACHED_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class _Decoder:
+    """Decodes one batch of B prompts, n rows each. R rows are still unfinished."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: list[list[int]],
+        n: int,
+        generators: list[torch.Generator],
+        sampling: SamplingSpec,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self._model = model
+        self._generators = generators
+        self._sampling = sampling
+        self._n = n
+        device = model.device
+        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        self._rows = torch.arange(len(tokens) * n, device=device)  # [R], the row's first number
+        length = max(map(len, tokens))
+        self._capacity = length + sampling.max_new_tokens
+        ids = torch.zeros(len(tokens), length, dtype=torch.int64)
+        mask = torch.zeros(len(tokens), self._capacity, dtype=torch.int64)
+        for row, prompt in enumerate(tokens):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        self._ids, self._mask = ids.to(device), mask.to(device)
+        self._length = length  # of prompt and completion so far, padding included
+        self._cache = DynamicCache(config=model.config)
+        for i, layer in enumerate(self._cache.layers):
+            if type(layer) is DynamicLayer:
+                self._cache.layers[i] = _PreallocatedLayer(self._capacity)
+
+    def run(self) -> list[tuple[list[int], list[float]]]:
+        """Returns token ids and log-probs of the B*n rows."""
+        n, steps = self._n, self._sampling.max_new_tokens
+        num_rows = len(self._rows)
+        sampled = torch.zeros(num_rows, steps, dtype=torch.int64, device=self._rows.device)
+        logprobs = torch.zeros(num_rows, steps, device=self._rows.device)
+        lengths = torch.full((num_rows,), steps, device=self._rows.device)
+        logits = self._prefill().repeat_interleave(n, dim=0)  # [R, V]
+        alive = torch.ones(num_rows, dtype=torch.bool, device=self._rows.device)  # [R]
+        for step in range(steps):
+            token, logprob = self._sample(logits)
+            sampled[self._rows, step], logprobs[self._rows, step] = token, logprob
+            stops = alive & torch.isin(token, self._stop_ids)
+            lengths[self._rows[stops]] = step + 1
+            alive &= ~stops
+            num_alive = int(alive.sum())
+            if num_alive == 0 or step == steps - 1:
+                break
+            if num_alive < _COMPACT_BELOW * len(alive):
+                token = self._keep(alive, token)
+                alive = alive[alive]
+            logits = self._decode(token)
+        return [
+            (ids[:length], values[:length])
+            for ids, values, length in zip(
+                sampled.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
+            )
+        ]
+
+    def _prefill(self) -> Tensor:
+        mask = self._mask[:, : self._length]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self._forward(self._ids, mask, positions)
+        self._cache.batch_repeat_interleave(self._n)
+        self._mask = self._mask.repeat_interleave(self._n, dim=0)
+        return logits
+
+    def _decode(self, token: Tensor) -> Tensor:
+        self._length += 1
+        mask = self._mask[:, : self._length]
+        return self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Returns the last position's logits, [rows, V]."""
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens [R] and their log-probs [R]."""
+        temperature = self._sampling.temperature
+        logits = logits.float()
+        if temperature > 0:
+            logits = logits / temperature
+        logprobs = logits.log_softmax(-1)
+        scores = logprobs - self._gumbel_noise(logprobs) if temperature > 0 else logprobs
+        token = scores.argmax(-1)
+        return token, logprobs.gather(1, token[:, None])[:, 0]
+
+    def _gumbel_noise(self, like: Tensor) -> Tensor:
+        """Log of exponential noise: argmax(logp - log E) samples from the softmax. [R, V].
+
+        Each prompt has a generator of its own, so that what it samples does not depend on the
+        prompts it is batched with.
+        """
+        noise = torch.empty_like(like)
+        counts = torch.bincount(self._rows // self._n, minlength=len(self._generators)).tolist()
+        for rows, generator in zip(noise.split(counts), self._generators, strict=True):
+            rows.exponential_(generator=generator)
+        return noise.log_()
+
+    def _keep(self, alive: Tensor, token: Tensor) -> Tensor:
+        kept = alive.nonzero()[:, 0]
+        self._cache.batch_select_indices(kept)
+        self._rows, self._mask = self._rows[kept], self._mask[kept]
+        return token[kept]
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer with room for the whole completion.
+
+    DynamicLayer copies all keys and values at every token. Here a token's are written in place,
+    and attention reads a view.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._buffers: tuple[Tensor, Tensor] | None = None  # [rows, heads, capacity, dim]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+            # A prompt's cache is filled once and then repeated, so it has no room to spare.
+            self.keys, self.values = key_states, value_states
+            self._buffers = (key_states, value_states)
+            return self.keys, self.values
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self._view(end)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        length = self.keys.shape[-2]
+        self._buffers = (self._grown(self.keys, repeats), self._grown(self.values, repeats))
+        self._view(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        assert self._buffers is not None
+        length = self.keys.shape[-2]
+        self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
+        self._view(length)
+
+    def _grown(self, states: Tensor, repeats: int) -> Tensor:
+        rows, heads, length, dim = states.shape
+        buffer = states.new_empty(rows * repeats, heads, self._capacity, dim)
+        buffer[:, :, :length] = states.repeat_interleave(repeats, dim=0)
+        return buffer
+
+    def _view(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)

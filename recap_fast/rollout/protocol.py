@@ -1,0 +1,173 @@
+"""What the trainer asks of a rollout engine, and how it gets one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast.config import RolloutConfig
+from recap_fast.types import FinishReason, Prompt, Rollout, SamplingSpec, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class EngineError(UserError):
+    """An engine that cannot run here, or prompts that it cannot take."""
+
+
+class WeightSyncError(RuntimeError):
+    """The engine does not sample from the trainer's weights. Its text names the cause."""
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the policy."""
+
+    name: str
+    version: str
+    dtype: torch.dtype
+    """What the engine computes in; log-probs can agree with the trainer's only that closely."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+        """Samples `sampling.n` completions of each prompt.
+
+        Returns them in the prompts' order, a group's side by side. Log-probs are those of the
+        sampled tokens under the tempered distribution (temperature 0 is greedy; log-probs are then
+        those at temperature 1). The same weights, prompts and `sampling` give the same rollouts,
+        and torch's global random state is left as it was.
+
+        Raises:
+            EngineError: a prompt that is empty, or too long to leave room for the completion.
+        """
+        ...
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over the trainer's weights, as `iter_weights` gives them.
+
+        Raises:
+            WeightSyncError: the stream was incomplete, or the engine did not take it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds. It cannot be used afterwards."""
+        ...
+
+
+def iter_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """All weights under their Hugging Face names, in layer order; views, not copies.
+
+    A tied head is sent under its own name too: vLLM keeps its old head when it is left out, and
+    says nothing.
+    """
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        seen.add(name)
+        yield name, tensor.detach()
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head), None)
+    if head_name is not None and f"{head_name}.weight" not in seen:
+        yield f"{head_name}.weight", head.weight.detach()
+
+
+def make_engine(
+    config: RolloutConfig,
+    *,
+    model: PreTrainedModel,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_model_len: int,
+    seed: int,
+    device: torch.device | str,
+) -> RolloutEngine:
+    """Starts the engine that `config.engine` names.
+
+    Args:
+        model: the trained model. The transformers engine samples from this very module.
+        model_path: folder or hub name from which vLLM reads the architecture and first weights.
+        max_model_len: longest prompt and completion together, in tokens.
+        seed: of the engine itself; `SamplingSpec.seed` decides what is sampled.
+
+    Raises:
+        EngineError: the engine was asked for by name and cannot run here.
+    """
+    from recap_fast.rollout.embedded import EmbeddedEngine
+
+    device = torch.device(device)
+    if config.engine != "transformers":
+        from recap_fast.rollout.vllm import VllmEngine, why_unavailable
+
+        reason = why_unavailable(device)
+        if reason is None:
+            return VllmEngine(
+                config,
+                model_path=model_path,
+                tokenizer=tokenizer,
+                max_model_len=max_model_len,
+                seed=seed,
+                device=device,
+                weight_names=frozenset(name for name, _ in iter_weights(model)),
+                stop_ids=stop_token_ids(model, tokenizer),
+            )
+        if config.engine == "vllm":
+            raise EngineError(f'rollout.engine is "vllm", which cannot run here: {reason}')
+        logger.warning("Rollouts use transformers, because vLLM cannot run here: %s", reason)
+    return EmbeddedEngine(config, model=model, tokenizer=tokenizer, max_model_len=max_model_len)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a completion: the generation config's and the tokenizer's EOS."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    found = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(x) for x in [*found, tokenizer.eos_token_id] if x is not None)
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: SamplingSpec, max_model_len: int) -> None:
+    """Raises `EngineError` for a prompt that the engine cannot complete."""
+    for prompt in prompts:
+        where = f"prompt {prompt.source}:{prompt.row}"
+        if not prompt.token_ids:
+            raise EngineError(f"{where} has no tokens")
+        if len(prompt.token_ids) + sampling.max_new_tokens > max_model_len:
+            raise EngineError(
+                f"{where} has {len(prompt.token_ids)} tokens, which with {sampling.max_new_tokens} "
+                f"new ones exceeds the engine's limit of {max_model_len}"
+            )
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """A 31-bit seed for the step's prompt number `index`, unrelated to its neighbours'."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) >> 1
+
+
+def build_rollouts(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[tuple[list[int], list[float]]]],
+    n: int,
+    stop_ids: frozenset[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Rollout]:
+    """Makes the records from each prompt's completions (token ids and log-probs).
+
+    A greedy engine gives one completion a prompt, which stands for all n.
+    """
+    rollouts = []
+    for group, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
+        for token_ids, logprobs in list(samples) * (n // len(samples)):
+            stopped = bool(token_ids) and token_ids[-1] in stop_ids
+            reason: FinishReason = "stop" if stopped else "length"
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+            rollouts.append(Rollout(prompt, group, token_ids, logprobs, reason, text))
+    return rollouts
+
+
+def column_picks(num_columns: int, count: int) -> Tensor:
+    """Evenly spaced column numbers, at most `count`, for comparing a sample of a weight."""
+    return torch.linspace(0, num_columns - 1, min(count, num_columns)).long()

