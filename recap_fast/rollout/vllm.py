@@ -285,12 +285,14 @@ def _module_columns(module: Any, leaf: str, shape: Sequence[int], count: int) ->
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     parameter = getattr(module, leaf, None)
+    if parameter is None:
+        return None
     if leaf == "weight" and len(shape) == 2 and isinstance(module, LinearBase | ParallelLMHead):
         picks = column_picks(shape[1], count)
         one_hot = torch.zeros(len(picks), shape[1], dtype=parameter.dtype, device=parameter.device)
         one_hot[torch.arange(len(picks)), picks] = 1
         return module.quant_method.apply(module, one_hot, bias=None).T
-    if parameter is None or parameter.ndim != len(shape):
+    if parameter.ndim != len(shape):
         return None
     if parameter.ndim == 2:
         return parameter[:, column_picks(shape[1], count).to(parameter.device)]
