@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,6 @@ class TrainerState:
     step: int
     data: Mapping[str, Any]  # the data stream's cursor
     tensors: Mapping[str, Tensor]  # optimizer, reweighter, generators
-    counters: Mapping[str, Any]  # JSON-able odds and ends
 
 
 def save_checkpoint(
@@ -54,7 +54,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(staging)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     save_file(tensors, staging / _TENSORS)
-    content = {"step": state.step, "data": state.data, "counters": state.counters}
+    content = {"step": state.step, "data": state.data}
     (staging / _STATE).write_text(json.dumps(content), encoding="utf-8")
     _flush(staging)
     shutil.rmtree(final, ignore_errors=True)
@@ -96,6 +96,6 @@ def load_state(checkpoint: Path) -> TrainerState:
     try:
         content = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / _TENSORS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
-    return TrainerState(content["step"], content["data"], tensors, content["counters"])
+    return TrainerState(content["step"], content["data"], tensors)

@@ -44,7 +44,7 @@ from recap_fast.ops import group_advantages
 from recap_fast.optimization import PolicyOptimizer, UpdateStats, learning_rate
 from recap_fast.packing import PackedUpdate, pack_update
 from recap_fast.rewards import RewardScorer
-from recap_fast.reweighting import make_reweighter
+from recap_fast.reweighting import Reweighter, make_reweighter
 from recap_fast.rollout.mismatch import MismatchGuard
 from recap_fast.rollout.protocol import iter_weights, make_engine
 from recap_fast.types import RewardTable, Rollout, SamplingSpec, StepRows
@@ -91,10 +91,7 @@ class Trainer:
             path = model_path if initial else resolve_model(config.model.reference)
             reference = load_policy(config.model, path, trainable=False)
         self.optimizer = PolicyOptimizer(self.policy, reference, config)
-        self.reweighter = make_reweighter(
-            config.reweighting.method, len(self._names), **_reweighter_arguments(config),
-            device=self.policy.device,
-        )  # fmt: skip
+        self.reweighter = _build_reweighter(config, self.policy.device)
         self._losses = torch.full((len(self._names),), torch.nan, device=self.policy.device)
         self.engine = make_engine(
             config.rollout,
@@ -105,7 +102,7 @@ class Trainer:
             seed=config.seed,
             device=self.policy.device,
         )
-        self.guard = MismatchGuard(config.rollout, self.engine)
+        self.guard = MismatchGuard(config.rollout, self.engine, self.policy.model)
         self.evaluator = Evaluator(config, self.policy, self.engine, self.scorer, self.stream)
         if state:
             self._restore(state)
@@ -230,7 +227,8 @@ class Trainer:
         values = means.to(self._losses.device, non_blocking=True)
         # A supervised objective's column holds no rewards, and is NaN.
         values = torch.where(torch.isnan(values), self._losses, values)
-        return self.reweighter.update(values, ~torch.isnan(values))
+        deviations = torch.from_numpy(_column_deviations(rewards.values))
+        return self.reweighter.update(values, deviations=deviations.to(self._losses.device))
 
     def _to_host(self, stats: Sequence[UpdateStats]) -> dict[str, float]:
         """The step's one copy from the device."""
@@ -293,7 +291,7 @@ class Trainer:
         tensors |= {"losses": self._losses, "rng/cpu": torch.get_rng_state()}
         if self.policy.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
-        state = TrainerState(self.step, self.stream.state_dict(), tensors, {})
+        state = TrainerState(self.step, self.stream.state_dict(), tensors)
         keep = self.config.checkpoint.keep
         return save_checkpoint(self._checkpoints, state, self.policy.model, self.tokenizer, keep)
 
@@ -320,12 +318,13 @@ class Trainer:
         self.engine.close()
 
 
-def _reweighter_arguments(config: TrainConfig) -> dict[str, Any]:
+def _build_reweighter(config: TrainConfig, device: torch.device) -> Reweighter:
     """Turns what the user names by objective into lists in the objectives' order."""
     arguments = dict(config.reweighting.parameters)
     names = [objective.name for objective in config.objectives]
-    if "signals" in arguments:
-        raise ConfigError("reweighting.parameters.signals: use reweighting.signals instead")
+    for reserved in ("signals", "device", "num_objectives"):
+        if reserved in arguments:
+            raise ConfigError(f"reweighting.parameters.{reserved}: not a parameter of the method")
     if isinstance(arguments.get("weights"), dict):
         given = arguments["weights"]
         if set(given) != set(names):
@@ -336,7 +335,10 @@ def _reweighter_arguments(config: TrainConfig) -> dict[str, Any]:
     arguments["signals"] = [
         config.reweighting.signals.get(o.name, o.kind) for o in config.objectives
     ]
-    return arguments
+    try:
+        return make_reweighter(config.reweighting.method, len(names), device=device, **arguments)
+    except ValueError as error:
+        raise ConfigError(f"reweighting: {error}") from None
 
 
 def _prepare_folder(
@@ -385,6 +387,15 @@ def _column_means(values: np.ndarray) -> np.ndarray:
     count = present.sum(0)
     sums = np.where(present, values, 0).sum(0, dtype=np.float64)
     return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+def _column_deviations(values: np.ndarray) -> np.ndarray:
+    """[S, K] -> [K] unbiased standard deviation over the rows that are present; else NaN."""
+    present = ~np.isnan(values)
+    count = present.sum(0)
+    centred = np.where(present, values - _column_means(values), 0)
+    variance = np.square(centred, dtype=np.float64).sum(0) / np.maximum(count - 1, 1)
+    return np.where(count > 1, np.sqrt(variance), np.nan).astype(np.float32)
 
 
 def _zero_std_fractions(rollouts: Sequence[Rollout], values: np.ndarray) -> list[float]:

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
+from tests.tiny import tiny_settings
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_settings(tmp_path, tmp_path / "model")))
+    return file
+
+
+def message(path, *overrides) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert len(text.splitlines()) < 20
+    return text
+
+
+def test_loads_and_round_trips(path, tmp_path):
+    config = load_config(path)
+    assert isinstance(config, TrainConfig)
+    assert [(o.name, o.kind) for o in config.objectives] == [
+        ("length", "reward"), ("vowels", "reward"), ("ntp", "loss"),
+    ]  # fmt: skip
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_overrides_replace_keys(path):
+    config = load_config(
+        path, ["optimizer.learning_rate=1e-5", "data.sources.1.size=7", "evaluation.every=3"]
+    )
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.data.sources[1].size == 7
+    assert config.evaluation.every == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "nearest"),
+    [
+        ("optimizer.lerning_rate=1", "optimizer.lerning_rate", "'learning_rate'"),
+        ("loss.clip_lo=0.1", "loss.clip_lo", "'clip_low'"),
+        ("data.sources.0.kindd=rl", "data.sources.0.kindd", "'kind'"),
+        ("trainig={}", "trainig", "'training'"),
+        ("data.mixing={sumz: 1}", "data.mixing", "'sums'"),
+        ("reweighting.signals={lenght: loss}", "reweighting.signals", "'length'"),
+    ],
+)
+def test_mistyped_names_are_named_with_the_nearest_valid_one(path, override, where, nearest):
+    text = message(path, override)
+    assert str(path) in text
+    assert where in text
+    assert f"did you mean {nearest}" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=abc", "seed=true", "training.steps=1.5", "loss.clip_low=high", "model=3", "run=7",
+     "data.sources=[]", "data.sources.0.rewards=[a]", "training.steps=0", "loss.clip_low=-1",
+     "loss.aggregation=constant", "rollout.temperature=0", "data.mixing=evenly"],
+)  # fmt: skip
+def test_wrong_types_and_values_name_the_key(path, override):
+    key = override.split("=")[0]
+    assert key in message(path, override) or key.rsplit(".", 1)[0] in message(path, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["loss.kl_coef=0.1"], ["loss.kl_coef", "model.reference"]),
+        (["rollout.group_size=1"], ["rollout.group_size", "advantages.normalize"]),
+        (["training.max_tokens=100"], ["training.max_tokens", "520"]),
+        (["loss.temperature=0.5"], ["loss.temperature", "rollout.temperature"]),
+        (["data.mixing=coreset", "data.sources.1.replay=false"], ["coreset", "replay"]),
+        (["data.mixing={sums: 0}"], ["data.mixing", "above 0"]),
+        (["data.sources.1.objective=vowels"], ["vowels", "reward", "supervised"]),
+        (["data.sources.1.name=sums"], ["'sums'", "twice"]),
+        (["data.sources.0.path=x.jsonl"], ["data.sources.0", "exactly one"]),
+        (["data.sources.0.rewards={}"], ["data.sources.0", "rewards"]),
+    ],
+)
+def test_impossible_combinations(path, overrides, words):
+    text = message(path, *overrides)
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize("override", ["nothing", "=1", "seed=[1", "data.sources.9.name=x", "run.x=1"])
+def test_malformed_overrides(path, override):
+    assert override in message(path, override)
+
+
+def test_missing_key_is_named(path):
+    settings = yaml.safe_load(path.read_text())
+    del settings["model"]["path"]
+    path.write_text(yaml.safe_dump(settings))
+    assert "model.path: missing" in message(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [("a: [1", "YAML"), ("- 1", "mapping"), ("", "mapping"), (b"\xff\xfe\x00", "UTF-8")],
+)
+def test_unreadable_files(tmp_path, content, word):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert word in message(file)
+
+
+def test_missing_file(tmp_path):
+    assert "no such file" in message(tmp_path / "absent.yaml")
+    assert str(tmp_path) in message(tmp_path)

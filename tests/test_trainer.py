@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recap_fast.checkpoint import CheckpointError, list_checkpoints
+from recap_fast.config import ConfigError, load_config
+from recap_fast.metrics import read_metrics
+from recap_fast.trainer import Trainer, _column_deviations, _column_means
+from tests.tiny import save_tiny_model, tiny_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def train(config, **kwargs):
+    trainer = Trainer(config, **kwargs)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def without_times(rows):
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny_config(folder, model, "evaluation.every=2")
+    return config, train(config)
+
+
+def test_metrics_have_every_documented_key(finished):
+    config, _ = finished
+    rows = read_metrics(Path(config.run))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    rewards, objectives = ["length", "vowels"], ["length", "vowels", "ntp"]
+    expected = {f"{kind}/{name}" for kind in ("reward", "zero_std_fraction") for name in rewards}
+    expected |= {
+        f"{kind}/{name}"
+        for kind in ("weight", "rate", "instability", "loss")
+        for name in objectives
+    }
+    expected |= {f"time/{part}" for part in ("rollout", "reward", "train", "sync", "total")}
+    expected |= {
+        "tokens_per_second", "rollout/logprob_diff_mean", "rollout/logprob_diff_max",
+        "grad_norm", "lr",
+    }  # fmt: skip
+    for row in rows[1:]:
+        assert expected <= row.keys()
+        assert row["time/total"] >= row["time/rollout"] + row["time/train"]
+        assert row["rollout/logprob_diff_mean"] < 1e-4
+        assert row["skipped_updates"] == 0
+        mean = np.mean([row[f"weight/{name}"] for name in objectives])
+        assert mean == pytest.approx(1, abs=1e-5)
+    evaluated = [row["step"] for row in rows if "eval/sums/length" in row]
+    assert evaluated == [0, 2, 4]
+    assert rows[0]["eval/words/loss"] == pytest.approx(math.log(100), abs=2)
+    assert 0 <= rows[0]["eval/words/token_accuracy"] <= 1
+
+
+def test_weights_move_and_supervised_losses_lag_by_one_step(finished):
+    """With W = 1 an objective is ready at its second value: rewards at step 2, the supervised
+    loss, whose value of step t is known in step t + 1, at step 3."""
+    rows = read_metrics(Path(finished[0].run))
+    assert rows[1]["weight/length"] == 1
+    assert rows[2]["rate/ntp"] is None
+    assert rows[2]["rate/length"] is not None
+    assert rows[2]["weight/length"] != 1
+    assert rows[3]["rate/ntp"] == pytest.approx(rows[1]["loss/ntp"] / rows[2]["loss/ntp"], rel=1e-4)
+
+
+def test_learning_happens(tmp_path, model):
+    """The supervised loss falls within a few steps."""
+    config = tiny_config(tmp_path, model, "training.steps=12", "optimizer.learning_rate=1e-2",
+                         "rollout.max_logprob_diff=null")  # fmt: skip
+    train(config)
+    losses = [row["loss/ntp"] for row in read_metrics(tmp_path / "run")[1:]]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5
+
+
+def test_checkpoint_holds_the_trained_weights(finished):
+    config, trainer = finished
+    newest = list_checkpoints(Path(config.run) / "checkpoints")[-1]
+    assert newest.name == "step-000004"
+    loaded = AutoModelForCausalLM.from_pretrained(newest)
+    for name, tensor in trainer.policy.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_run_folder_is_complete(finished):
+    config, _ = finished
+    run = Path(config.run)
+    assert load_config(run / "config.yaml") == config
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {1, 2, 3, 4}
+
+
+_KILLED = """
+import os, sys
+from recap_fast.config import load_config
+from recap_fast.trainer import Trainer
+trainer = Trainer(load_config(sys.argv[1]))
+score = trainer.scorer.score
+def score_or_die(*args):
+    if trainer.step == 5:
+        os.kill(os.getpid(), 9)
+    return score(*args)
+trainer.scorer.score = score_or_die
+trainer.train()
+"""
+
+
+def test_resume_after_kill_equals_an_unbroken_run(tmp_path, model):
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    settings = ["training.steps=10", "checkpoint.every=5", "reweighting.parameters.window=2"]
+    for folder in (broken, unbroken):
+        folder.mkdir()
+        tiny_config(folder, model, *settings)
+    config = tiny_config(unbroken, model, *settings)
+    train(config)
+
+    config = tiny_config(broken, model, *settings)
+    file = broken / "full.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(file)], cwd=ROOT, capture_output=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert read_metrics(broken / "run")[-1]["step"] == 5
+    trainer = train(config, resume=True)
+    assert trainer.step == 10
+    resumed, expected = (without_times(read_metrics(f / "run")) for f in (broken, unbroken))
+    assert resumed == expected
+
+
+def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path, model):
+    config = tiny_config(tmp_path, model, "training.steps=3", "checkpoint.every=2")
+    trainer = Trainer(config)
+    trainer.save = lambda: None if trainer.step == 3 else Trainer.save(trainer)
+    trainer.train()
+    trainer.close()
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+    before = without_times(read_metrics(tmp_path / "run"))
+    train(config, resume=True)
+    assert without_times(read_metrics(tmp_path / "run")) == before
+
+
+def test_resuming_a_finished_run_is_refused_unless_more_is_asked_for(finished, tmp_path):
+    config, _ = finished
+    with pytest.raises(CheckpointError, match="finished: 4 of 4"):
+        Trainer(config, resume=True)
+
+
+def test_more_steps_continue_a_finished_run(tmp_path, model):
+    train(tiny_config(tmp_path, model, "training.steps=2"))
+    trainer = train(tiny_config(tmp_path, model, "training.steps=3"), resume=True)
+    assert trainer.step == 3
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_folder_of_another_run_is_not_overwritten(finished):
+    with pytest.raises(ConfigError, match="--overwrite"):
+        Trainer(finished[0])
+
+
+def test_resume_without_a_run(tmp_path, model):
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        Trainer(tiny_config(tmp_path, model), resume=True)
+
+
+def test_resume_with_other_objectives_is_refused(tmp_path, model):
+    train(tiny_config(tmp_path, model, "training.steps=2"))
+    other = tiny_config(tmp_path, model, "training.steps=4", "data.sources.1.objective=other")
+    with pytest.raises(ConfigError, match="other"):
+        Trainer(other, resume=True)
+
+
+def test_sigterm_saves_and_exits_0(tmp_path, model):
+    tiny_config(tmp_path, model)
+    command = [sys.executable, "-m", "recap_fast.cli", "train", str(tmp_path / "tiny.yaml"),
+               "--set", "training.steps=10000", "--set", "checkpoint.every=0"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) > 3
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "checkpoint saved" in output
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{last:06d}"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_interrupted_step_gives_its_rows_back(tmp_path, model):
+    """A signal between rollout and update leaves no trace of the step."""
+    config = tiny_config(tmp_path, model, "training.steps=3")
+    trainer = Trainer(config)
+    score = trainer.scorer.score
+
+    def interrupt(*args):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    trainer.scorer.score = interrupt
+    assert trainer.train() is False
+    trainer.close()
+    assert trainer.step == 1
+    resumed = train(config, resume=True)
+    other = tmp_path / "unbroken"
+    other.mkdir()
+    train(tiny_config(other, model, "training.steps=3"))
+    assert resumed.step == 3
+    assert without_times(read_metrics(tmp_path / "run")) == without_times(
+        read_metrics(other / "run")
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.updates_per_rollout=2"],
+        ["loss.kl_coef=0.05", "model.reference=initial"],
+        ["loss.aggregation=sequence", "loss.loss_type=cispo", "loss.rollout_is_cap=2.0"],
+        ["loss.ratio_level=sequence", "training.updates_per_rollout=2"],
+        ["model.dtype=bfloat16", "rollout.dtype=float32", "rollout.max_logprob_diff=null"],
+        ["model.gradient_checkpointing=true"],
+        ["advantages.normalize=leave_one_out", "loss.entropy_coef=0.01"],
+        ["data.mixing={sums: 1}"],
+        ["data.mixing={words: 1}"],
+        ["training.max_tokens=540", "data.batch_size=12", "data.max_prompt_tokens=500"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_settings_train(tmp_path, model, settings):
+    config = tiny_config(tmp_path, model, "training.steps=2", "evaluation.after=false",
+                         "evaluation.before=false", *settings)  # fmt: skip
+    trainer = train(config)
+    rows = read_metrics(tmp_path / "run")
+    assert trainer.step == len(rows) == 2
+    assert rows[0]["grad_norm"] > 0
+    assert rows[0]["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["uniform", "dwa", "rlw", "uw", "scale_invariant", "famo", "saw", "static"]
+)
+def test_every_reweighter_trains(tmp_path, model, method):
+    settings = [f"reweighting.method={method}", "reweighting.parameters={}"]
+    if method == "static":
+        settings[1] = "reweighting.parameters={weights: {length: 1, vowels: 2, ntp: 3}}"
+    config = tiny_config(tmp_path, model, "evaluation.after=false", "evaluation.before=false",
+                         "training.steps=3", *settings)  # fmt: skip
+    train(config)
+    row = read_metrics(tmp_path / "run")[-1]
+    weights = [row[f"weight/{name}"] for name in ("length", "vowels", "ntp")]
+    assert np.mean(weights) == pytest.approx(1, abs=1e-5)
+    if method == "static":
+        assert weights == pytest.approx([0.5, 1.0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ("reweighting.parameters={windw: 3}", "'window'"),
+        ("reweighting.parameters={signals: loss}", "signals"),
+        ("reweighting.parameters={window: 0}", "window"),
+    ],
+)
+def test_wrong_reweighting_parameters(tmp_path, model, setting, word):
+    with pytest.raises(ConfigError, match=word):
+        Trainer(tiny_config(tmp_path, model, setting))
+
+
+def test_static_weights_need_every_objective(tmp_path, model):
+    config = tiny_config(tmp_path, model, "reweighting.method=static",
+                         "reweighting.parameters={weights: {length: 1}}")  # fmt: skip
+    with pytest.raises(ConfigError, match="vowels"):
+        Trainer(config)
+
+
+def test_columns_are_averaged_over_what_is_present():
+    values = np.array([[1, np.nan, np.nan], [3, np.nan, 2]], np.float32)
+    np.testing.assert_allclose(_column_means(values), [2, np.nan, 2])
+    np.testing.assert_allclose(_column_deviations(values), [np.sqrt(2), np.nan, np.nan])
+    np.testing.assert_allclose(_column_means(np.empty((0, 2), np.float32)), [np.nan, np.nan])
