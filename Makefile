@@ -6,8 +6,8 @@ ARGS ?=
 PYTHON ?=
 BIN := .venv/bin
 
-# Packages of another environment must not shadow those of .venv.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# Packages on these paths would shadow those of .venv.
+unexport PYTHONPATH PYTHONHOME
 
 .PHONY: help venv train test bench lint format clean
 

@@ -2,7 +2,7 @@
 # Prints tools/constraints.txt anew from .venv. To move to newer releases: empty that file, delete
 # .venv, `make venv`, run this into the file, `make test`, and read the difference.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 cat <<'HEADER'
 # Exact releases for tools/setup_venv.sh, so that a later release breaks no fresh clone.
 # Written by tools/lock.sh. Left out: what vLLM's CPU and CUDA releases pin differently.

@@ -3,7 +3,7 @@
 # Does nothing when .venv is up to date. Needs Python 3.11 to 3.14 with its venv module.
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Another environment's settings must not leak in: neither its packages nor its interpreter.
 if [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -104,6 +104,13 @@ PYTHON
     pip_install "triton==3.7.*"
 }
 
+# A moved checkout, another interpreter or another accelerator leave behind what no longer holds.
+is_stale() {
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then return 0; fi
+    if ! head -n 2 "$VENV/bin/pip" | grep -qF "$PWD/$VENV/bin/python"; then return 0; fi
+    [ -e "$STAMP" ] && [ "$(head -n 1 "$STAMP")" != "$1" ]
+}
+
 check_imports() {
     "$VENV/bin/python" -c 'import recap_fast.config, torch; from transformers import AutoModelForCausalLM'
 }
@@ -117,19 +124,19 @@ main() {
     key="$place
 $(cat setup.py tools/constraints.txt tools/setup_venv.sh | cksum)"
     # One set-up at a time; a second waits, then finds the stamp.
-    exec 9<"${BASH_SOURCE[0]}"
+    exec 9<tools/setup_venv.sh
     if command -v flock >/dev/null; then flock 9; fi
     if [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ]; then return; fi
 
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$python has no venv module." "On Debian or Ubuntu: apt-get install python3-venv"
     say "setting up $VENV for $accelerator with $("$python" --version); once, a few minutes"
-    # A moved checkout or another interpreter leaves paths in .venv that no longer hold.
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
-        { [ -e "$STAMP" ] && [ "$(head -n 1 "$STAMP")" != "$place" ]; }
-    then
-        "$python" -m venv --clear "$VENV" || die "$python -m venv $VENV failed"
+    if [ -e "$VENV" ] && is_stale "$place"; then
+        # A rename first: an interrupted removal must not leave half of it in place.
+        mkdir -p build && rm -rf build/stale-venv
+        mv "$VENV" build/stale-venv && rm -rf build/stale-venv
     fi
+    [ -e "$VENV" ] || "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
     rm -f "$STAMP" "$LOG"
 
     step "1/5 $TORCH" pip_install "$TORCH"
