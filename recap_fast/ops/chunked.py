@@ -20,7 +20,7 @@ from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 """Bytes of a chunk's logits: enough for the GEMMs to run near their peak, whatever N is."""
-WEIGHT_ROWS = 8192
+WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
 
@@ -177,10 +177,12 @@ def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: b
     elif total.is_cuda:
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:  # torch's CPU GEMM has no float32 result for bfloat16 operands
+        part = hidden.new_empty(min(WEIGHT_ROWS, total.shape[0]), total.shape[1])
         for start in range(0, total.shape[0], WEIGHT_ROWS):
-            block = slice(start, start + WEIGHT_ROWS)
-            part = torch.mm(gradient[:, block].t(), hidden)
+            some = total[start : start + WEIGHT_ROWS]
+            columns = gradient[:, start : start + WEIGHT_ROWS]
+            product = torch.mm(columns.t(), hidden, out=part[: some.shape[0]])
             if first:
-                total[block].copy_(part)
+                some.copy_(product)
             else:
-                total[block].add_(part)
+                some.add_(product)

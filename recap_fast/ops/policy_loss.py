@@ -107,7 +107,12 @@ def fused_linear_policy_loss(
     output, swept = _forward(arguments, wanted, config)
     if not wanted.any():
         return output
-    gradients = (swept.d_hidden, swept.d_weight, swept.d_bias)
+    gradients = (
+        swept.d_hidden,
+        None if swept.d_weight is None else swept.d_weight.to(weight.dtype),
+        None if swept.d_bias is None or bias is None else swept.d_bias.to(bias.dtype),
+    )
+    del swept  # a float32 sum must not live beside its rounded copy until backward
     loss = _AttachGradients.apply(hidden, weight, bias, output.loss, *gradients)
     return replace(output, loss=loss)
 
@@ -210,7 +215,6 @@ class _AttachGradients(torch.autograd.Function):
         d_weight: Tensor | None,
         d_bias: Tensor | None,
     ) -> Tensor:
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return loss.clone()
 
@@ -218,15 +222,15 @@ class _AttachGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("fused_linear_policy_loss")
         keep = graph_is_kept()
-        scaled = [
-            None if gradient is None else _scaled(gradient, grad_output, dtype, keep)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        scaled = [None if g is None else _scaled(g, grad_output, keep) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
-    """gradient * factor in `dtype`, without reading factor on the host; in place unless kept."""
-    if keep or gradient.dtype != dtype:
-        return (gradient * factor).to(dtype)
-    return gradient.mul_(factor)
+def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """gradient * factor without reading the factor on the host; in place unless kept for later."""
+    if factor.is_cuda:
+        # CUDA would round a 0-dim factor to bfloat16 first; with dimensions it promotes.
+        factor = factor.reshape([1] * gradient.dim())
+    if keep:
+        return torch.mul(gradient, factor).to(gradient.dtype)
+    return torch.mul(gradient, factor, out=gradient)
