@@ -5,6 +5,8 @@ CONFIG ?= examples/smollm2-cpu.yaml
 ARGS ?=
 PYTHON ?=
 BIN := .venv/bin
+# The example's own run folder may be replaced by typing `make train` again; a run of yours may not.
+OVERWRITE = $(if $(filter examples/smollm2-cpu.yaml,$(CONFIG)),--overwrite)
 
 # Packages on these paths would shadow those of .venv.
 unexport PYTHONPATH PYTHONHOME

@@ -36,16 +36,16 @@ class Evaluator:
         """Returns eval/<source>/<metric>: mean rewards of greedy completions under their
         objectives' names (for `accuracy` that is pass@1), or `loss` and `token_accuracy`."""
         metrics: dict[str, float] = {}
-        rl = [s.name for s in self.config.data.sources if s.kind == "rl"]
-        prompts = [p for name in rl for p in self.stream.held_out(name)]
-        metrics |= self._generate_and_score(prompts)
+        prompts: list[Prompt] = []
         for source in self.config.data.sources:
-            rows = self.stream.held_out(source.name) if source.kind == "sft" else []
-            if rows:
-                loss, accuracy = self._supervised(rows)
+            held_out = self.stream.held_out(source.name)
+            prompts += [row for row in held_out if isinstance(row, Prompt)]
+            supervised = [row for row in held_out if isinstance(row, SupervisedRow)]
+            if supervised:
+                loss, accuracy = self._supervised(supervised)
                 metrics[f"eval/{source.name}/loss"] = loss
                 metrics[f"eval/{source.name}/token_accuracy"] = accuracy
-        return metrics
+        return self._generate_and_score(prompts) | metrics
 
     def _generate_and_score(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         if not prompts:

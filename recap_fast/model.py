@@ -122,7 +122,7 @@ class Policy:
         return Head(layer.weight, getattr(layer, "bias", None), self._softcap)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """Runs the backbone. Returns [N, H] in the compute dtype: the states that predict targets."""
+        """Runs the backbone: [N, H] in the compute dtype, the states that predict targets."""
         with self.autocast():
             output = self._backbone(
                 input_ids=batch.input_ids[None],

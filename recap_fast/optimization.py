@@ -35,7 +35,7 @@ class UpdateStats:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float) -> float:
-    """Linear warm-up to `peak`, then linear decay to 0 after `total` steps. `step` counts from 0."""
+    """Linear warm-up to `peak`, then linear decay to 0 at `total`. `step` counts from 0."""
     warmup = max(1, round(warmup_fraction * total))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -140,8 +140,8 @@ class PolicyOptimizer:
         stats.skipped.copy_(~torch.isfinite(norm))
         # AdamW's fused kernel divides by grad_scale as it reads the gradients and skips the step
         # where found_inf is 1: clipping and the check cost no pass and no sync of their own.
-        self.optimizer.grad_scale = (norm / self._settings.max_grad_norm).clamp(min=1.0)
-        self.optimizer.found_inf = stats.skipped
+        scale = (norm / self._settings.max_grad_norm).clamp(min=1.0)
+        vars(self.optimizer).update(grad_scale=scale, found_inf=stats.skipped)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -8,7 +8,7 @@ upload nothing has to be asked back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,12 +34,14 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
-            *(
-                value.to(device)
-                if isinstance(value, AttentionLayout)
-                else value.to(device, non_blocking=True)
-                for value in (getattr(self, item.name) for item in fields(self))
-            )
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            layout=self.layout.to(device),
+            hidden_index=self.hidden_index.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            sequence_ids=self.sequence_ids.to(device, non_blocking=True),
+            token_objectives=self.token_objectives.to(device, non_blocking=True),
+            rollout_logprobs=self.rollout_logprobs.to(device, non_blocking=True),
         )
 
 
@@ -102,8 +104,9 @@ def pack_update(
     sequences = _to_sequences(rollouts, supervised, supervised_objectives)
     table = np.full((len(sequences), num_objectives), np.nan, dtype=np.float32)
     table[: len(rollouts)] = advantages
-    has_gradient = np.nan_to_num(table).any(axis=1) | bool(config.kl_coef or config.entropy_coef)
-    kept = [s for s in sequences if s.objective >= 0 or has_gradient[s.index]]
+    has_signal = np.any(np.nan_to_num(table), axis=1).tolist()
+    keep_all = bool(config.kl_coef or config.entropy_coef)
+    kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
     batches = [_pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)]
     return PackedUpdate(
         batches=batches,

@@ -91,7 +91,9 @@ def test_impossible_combinations(path, overrides, words):
         assert word in text
 
 
-@pytest.mark.parametrize("override", ["nothing", "=1", "seed=[1", "data.sources.9.name=x", "run.x=1"])
+@pytest.mark.parametrize(
+    "override", ["nothing", "=1", "seed=[1", "data.sources.9.name=x", "run.x=1"]
+)
 def test_malformed_overrides(path, override):
     assert override in message(path, override)
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from recap_fast.model import Policy
-from recap_fast.optimization import PolicyOptimizer, learning_rate
 from recap_fast.ops import fused_linear_policy_loss
+from recap_fast.optimization import PolicyOptimizer, learning_rate
 from recap_fast.packing import PackedUpdate, pack_update
 from tests.no_sync import ForbidHostSync
 from tests.test_packing import make_rows
@@ -22,8 +23,6 @@ def config(tmp_path):
 
 def make_update(config, max_tokens: int = 1000, seed: int = 3, **loss) -> PackedUpdate:
     rollouts, advantages, rows = make_rows(seed, 2, 4, 2)
-    from dataclasses import replace
-
     return pack_update(
         rollouts, advantages, rows, [2, 2],
         config=replace(config.loss, **loss), max_tokens=max_tokens,

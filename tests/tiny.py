@@ -36,9 +36,7 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, vocab: int = VOCAB) -> Llama
     return LlamaForCausalLM(config)
 
 
-def tiny_policy(
-    *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Policy:
+def tiny_policy(*, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
     """Float32 weights, computing in `dtype`."""
     return Policy(tiny_llama(tied=tied, seed=seed), dtype)
 
