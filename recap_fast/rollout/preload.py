@@ -1,4 +1,7 @@
-"""Starts the process again with Intel's OpenMP runtime, which vLLM on a CPU runs faster with.
+"""Starts the process again with Intel's OpenMP runtime, for vLLM on a CPU.
+
+On cores that other processes use too (rewards, data) generation was several times slower with
+torch's own runtime; on idle cores there is no difference. docs/rollouts.md has the figures.
 
 An OpenMP runtime can be exchanged only before the first library loads one, hence LD_PRELOAD and a
 second start. Nothing here imports torch.
