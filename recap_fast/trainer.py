@@ -15,7 +15,6 @@ sampled log-probs stand for the old policy's.
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,31 +27,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast.checkpoint import (
-    CheckpointError,
-    TrainerState,
-    latest_checkpoint,
-    load_state,
-    save_checkpoint,
-)
-from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
+from recap_fast.checkpoint import TrainerState, load_state, save_checkpoint
+from recap_fast.config import ConfigError, TrainConfig, save_config
 from recap_fast.data import DataStream
 from recap_fast.evaluate import Evaluator
 from recap_fast.metrics import MetricsWriter, ProgressView
 from recap_fast.model import load_policy, load_tokenizer, resolve_model
 from recap_fast.ops import group_advantages
-from recap_fast.optimization import PolicyOptimizer, UpdateStats, learning_rate
+from recap_fast.optimization import PolicyOptimizer, learning_rate
 from recap_fast.packing import PackedUpdate, pack_update
 from recap_fast.rewards import RewardScorer
 from recap_fast.reweighting import Reweighter, make_reweighter
-from recap_fast.rollout.mismatch import MismatchGuard
+from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights, make_engine
-from recap_fast.types import RewardTable, Rollout, SamplingSpec, StepRows
+from recap_fast.run_folder import prepare_folder
+from recap_fast.step_metrics import column_deviations, column_means, device_metrics, host_metrics
+from recap_fast.types import Prompt, RewardTable, Rollout, SamplingSpec, StepRows
 
 logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003
 """Prime distance between the sampling seeds of two runs, so that their steps share none."""
+
+_VERIFIED_PROMPTS = 4
 
 
 class Trainer:
@@ -73,11 +70,10 @@ class Trainer:
         self.config = config
         self.run_dir = Path(config.run)
         self._checkpoints = self.run_dir / "checkpoints"
-        checkpoint = _prepare_folder(config, self.run_dir, resume, overwrite)
+        checkpoint = prepare_folder(config, self.run_dir, resume, overwrite)
         state = load_state(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
         self._names = [objective.name for objective in config.objectives]
-        self._kinds = [objective.kind for objective in config.objectives]
 
         # What the user can get wrong comes first, what takes long comes last.
         model_path = resolve_model(config.model.path)
@@ -107,9 +103,19 @@ class Trainer:
         if state:
             self._restore(state)
         self.engine.sync_weights(iter_weights(self.policy.model))
+        self._verify_sync()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, self.run_dir / "config.yaml")
         self.metrics = MetricsWriter(self.run_dir, config, start_step=self.step)
+
+    def _verify_sync(self) -> None:
+        """Compares a few greedy tokens' log-probs before the first step is paid for."""
+        for source in self.config.data.sources:
+            held_out = self.stream.held_out(source.name)[:_VERIFIED_PROMPTS]
+            prompts = [row for row in held_out if isinstance(row, Prompt)]
+            if prompts:
+                verify_sync(self.engine, self.policy.model, prompts)
+                return
 
     def train(self) -> bool:
         """Runs the remaining steps. Returns False when SIGTERM or Ctrl-C ended the run early, with
@@ -129,6 +135,7 @@ class Trainer:
                 self._log(view, row)
                 if self._is_due(self.config.checkpoint.every, True):
                     self.save()
+        self._summarise_losses()
         finished = self.step >= steps
         if not finished:
             path = self.save()
@@ -158,7 +165,7 @@ class Trainer:
         ]
         if rows.supervised:
             self._losses = torch.stack([s.objective_losses for s in stats]).mean(0)
-        device_metrics = self._to_host(stats)
+        from_device = device_metrics(self._names, self.reweighter, stats)
         trained = time.perf_counter()
         self.engine.sync_weights(iter_weights(self.policy.model))
         synced = time.perf_counter()
@@ -170,8 +177,8 @@ class Trainer:
         return {
             "step": self.step,
             "lr": lr,
-            **device_metrics,
-            **self._host_metrics(rollouts, rewards, updates),
+            **from_device,
+            **host_metrics(self.config.objectives, rollouts, rewards, updates, self.stream.skipped),
             "time/rollout": sampled - started,
             "time/reward": scored - sampled,
             "time/train": trained - scored,
@@ -223,54 +230,12 @@ class Trainer:
 
     def _reweigh(self, rewards: RewardTable) -> Tensor:
         """lambda [K] for this step, from its rewards and from the losses of the step before."""
-        means = torch.from_numpy(_column_means(rewards.values))
+        means = torch.from_numpy(column_means(rewards.values))
         values = means.to(self._losses.device, non_blocking=True)
         # A supervised objective's column holds no rewards, and is NaN.
         values = torch.where(torch.isnan(values), self._losses, values)
-        deviations = torch.from_numpy(_column_deviations(rewards.values))
+        deviations = torch.from_numpy(column_deviations(rewards.values))
         return self.reweighter.update(values, deviations=deviations.to(self._losses.device))
-
-    def _to_host(self, stats: Sequence[UpdateStats]) -> dict[str, float]:
-        """The step's one copy from the device."""
-        reweighter = self.reweighter
-        per_objective = {
-            "weight": reweighter.weights,
-            "rate": reweighter.rates,
-            "instability": reweighter.instabilities,
-            "loss": torch.stack([s.objective_losses for s in stats]).mean(0),
-            "clip_fraction": torch.stack([s.clip_fraction for s in stats]).mean(0),
-        }
-        scalars = {
-            "entropy": torch.stack([s.entropy for s in stats]).mean(),
-            "kl": torch.stack([s.kl for s in stats]).mean(),
-            "grad_norm": torch.stack([s.grad_norm for s in stats]).mean(),
-            "skipped_updates": torch.stack([s.skipped for s in stats]).sum(),
-            "rollout/logprob_diff_mean": stats[0].logprob_diff_mean,
-            "rollout/logprob_diff_max": stats[0].logprob_diff_max,
-        }
-        names = [f"{kind}/{name}" for kind in per_objective for name in self._names] + [*scalars]
-        values = torch.cat([*per_objective.values(), torch.stack([*scalars.values()])])
-        return dict(zip(names, values.tolist(), strict=True))
-
-    def _host_metrics(
-        self, rollouts: Sequence[Rollout], rewards: RewardTable, updates: Sequence[PackedUpdate]
-    ) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        zero_std = _zero_std_fractions(rollouts, rewards.values)
-        for k, name in enumerate(self._names):
-            if self._kinds[k] == "reward":
-                metrics[f"reward/{name}"] = float(_column_means(rewards.values)[k])
-                metrics[f"zero_std_fraction/{name}"] = zero_std[k]
-        if rollouts:
-            lengths = [len(r.token_ids) for r in rollouts]
-            metrics["rollout/completion_tokens"] = float(np.mean(lengths))
-            cut = [r.finish_reason == "length" for r in rollouts]
-            metrics["rollout/truncated_fraction"] = float(np.mean(cut))
-        metrics["train/policy_tokens"] = sum(u.num_policy_tokens for u in updates)
-        metrics["train/packed_tokens"] = sum(u.num_packed_tokens for u in updates)
-        metrics |= {f"failed/{key}": count for key, count in rewards.failures.items()}
-        metrics |= {f"skipped/{key}": count for key, count in self.stream.skipped.items()}
-        return metrics
 
     def _log(self, view: ProgressView, row: Mapping[str, Any]) -> None:
         self.metrics.write(row)
@@ -279,6 +244,15 @@ class Trainer:
             self.guard.check(
                 row["rollout/logprob_diff_mean"], row["rollout/logprob_diff_max"], row["step"]
             )
+
+    def _summarise_losses(self) -> None:
+        """Says at the end what was skipped and what failed, with the first error of each kind."""
+        for what, count in self.stream.skipped.items():
+            logger.warning("skipped rows: %s: %d", what, count)
+        for what, count in self.scorer.failures.items():
+            logger.warning("failed rewards: %s: %d", what, count)
+        for what, text in self.scorer.first_errors.items():
+            logger.warning("first error of %s: %s", what, text)
 
     def _is_due(self, every: int, at_end: bool) -> bool:
         last = self.step == self.config.training.steps
@@ -339,76 +313,6 @@ def _build_reweighter(config: TrainConfig, device: torch.device) -> Reweighter:
         return make_reweighter(config.reweighting.method, len(names), device=device, **arguments)
     except ValueError as error:
         raise ConfigError(f"reweighting: {error}") from None
-
-
-def _prepare_folder(
-    config: TrainConfig, run_dir: Path, resume: bool, overwrite: bool
-) -> Path | None:
-    """Returns the checkpoint to resume from, if any; makes sure that no run is overwritten."""
-    used = (run_dir / "config.yaml").exists()
-    if resume:
-        if not used:
-            raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
-        checkpoint = latest_checkpoint(run_dir / "checkpoints")
-        _check_resumable(config, run_dir, load_state(checkpoint).step)
-        return checkpoint
-    if used and not overwrite:
-        raise ConfigError(
-            f"run: {run_dir} already holds a run: --resume continues it, --overwrite removes it, "
-            f"--set run=FOLDER starts another"
-        )
-    if used:
-        shutil.rmtree(run_dir)
-    return None
-
-
-def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
-    if step >= config.training.steps:
-        raise CheckpointError(
-            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done. "
-            f"Ask for more with --set training.steps=N"
-        )
-    before = load_config(run_dir / "config.yaml")
-    if before.objectives != config.objectives:
-        old, new = ([o.name for o in c.objectives] for c in (before, config))
-        raise ConfigError(f"run: {run_dir} was trained on objectives {old}, not on {new}")
-    changed = [
-        key
-        for key, value in config.model_dump(mode="json").items()
-        if value != before.model_dump(mode="json")[key]
-    ]
-    if changed:
-        logger.warning("resuming with other settings under: %s", ", ".join(changed))
-
-
-def _column_means(values: np.ndarray) -> np.ndarray:
-    """[S, K] -> [K] mean over the rows that are present; NaN where none is."""
-    present = ~np.isnan(values)
-    count = present.sum(0)
-    sums = np.where(present, values, 0).sum(0, dtype=np.float64)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
-
-
-def _column_deviations(values: np.ndarray) -> np.ndarray:
-    """[S, K] -> [K] unbiased standard deviation over the rows that are present; else NaN."""
-    present = ~np.isnan(values)
-    count = present.sum(0)
-    centred = np.where(present, values - _column_means(values), 0)
-    variance = np.square(centred, dtype=np.float64).sum(0) / np.maximum(count - 1, 1)
-    return np.where(count > 1, np.sqrt(variance), np.nan).astype(np.float32)
-
-
-def _zero_std_fractions(rollouts: Sequence[Rollout], values: np.ndarray) -> list[float]:
-    """Per objective, the share of groups whose rewards are all equal; NaN without groups."""
-    groups = np.array([r.group for r in rollouts])
-    flat: list[list[bool]] = [[] for _ in range(values.shape[1])]
-    for group in np.unique(groups):
-        rows = values[groups == group]
-        for k, column in enumerate(rows.T):
-            present = column[~np.isnan(column)]
-            if len(present):
-                flat[k].append(bool(np.ptp(present) == 0))
-    return [float(np.mean(found)) if found else float("nan") for found in flat]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from recap_fast.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.config import ConfigError, load_config
 from recap_fast.metrics import read_metrics
-from recap_fast.trainer import Trainer, _column_deviations, _column_means
+from recap_fast.trainer import Trainer
 from tests.tiny import save_tiny_model, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,10 +305,3 @@ def test_static_weights_need_every_objective(tmp_path, model):
                          "reweighting.parameters={weights: {length: 1}}")  # fmt: skip
     with pytest.raises(ConfigError, match="vowels"):
         Trainer(config)
-
-
-def test_columns_are_averaged_over_what_is_present():
-    values = np.array([[1, np.nan, np.nan], [3, np.nan, 2]], np.float32)
-    np.testing.assert_allclose(_column_means(values), [2, np.nan, 2])
-    np.testing.assert_allclose(_column_deviations(values), [np.sqrt(2), np.nan, np.nan])
-    np.testing.assert_allclose(_column_means(np.empty((0, 2), np.float32)), [np.nan, np.nan])
