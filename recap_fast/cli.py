@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
-from recap_fast.types import UserError
+from recap_fast.types import UserError, WeightSyncError
 
 app = typer.Typer(
     add_completion=False,
@@ -127,14 +128,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
-        raise SystemExit(2) from None
+        _fail(error, 2)
+    except WeightSyncError as error:
+        _fail(error, 1)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _fail(error: Exception, status: int) -> None:
+    _console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

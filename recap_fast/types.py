@@ -19,6 +19,10 @@ class UserError(ValueError):
     """Something that the user can mend. The command line prints its text and exits with 2."""
 
 
+class WeightSyncError(RuntimeError):
+    """The engine does not sample from the trainer's weights. Its text names the cause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """One of the K things that are optimised and reweighted: a reward, or a supervised loss."""

@@ -19,11 +19,10 @@ from recap_fast.config import RolloutConfig
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.protocol import (
     RolloutEngine,
-    WeightSyncError,
     column_picks,
     iter_weights,
 )
-from recap_fast.types import Prompt, Rollout, SamplingSpec
+from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,10 +23,6 @@ class EngineError(UserError):
     """An engine that cannot run here, or prompts that it cannot take."""
 
 
-class WeightSyncError(RuntimeError):
-    """The engine does not sample from the trainer's weights. Its text names the cause."""
-
-
 class RolloutEngine(Protocol):
     """Samples completions from the policy."""
 

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout.protocol import (
-    WeightSyncError,
     build_rollouts,
     check_prompts,
     column_picks,
     prompt_seed,
 )
-from recap_fast.types import Prompt, Rollout, SamplingSpec
+from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

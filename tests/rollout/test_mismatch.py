@@ -13,7 +13,8 @@ from torch import Tensor
 
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout.mismatch import MismatchGuard, logprob_diff, weight_differences
-from recap_fast.rollout.protocol import WeightSyncError, column_picks, iter_weights
+from recap_fast.rollout.protocol import column_picks, iter_weights
+from recap_fast.types import WeightSyncError
 from tests.no_sync import ForbidHostSync
 from tests.rollout.conftest import random_llama
 

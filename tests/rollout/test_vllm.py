@@ -15,8 +15,8 @@ from recap_fast.config import RolloutConfig
 from recap_fast.rollout import mismatch
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.mismatch import MismatchGuard, logprob_diff, verify_sync
-from recap_fast.rollout.protocol import EngineError, WeightSyncError, iter_weights
-from recap_fast.types import Prompt, Rollout, SamplingSpec
+from recap_fast.rollout.protocol import EngineError, iter_weights
+from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 GROUPS = [
     "model.embed_tokens",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from recap_fast.rollout.mismatch import verify_sync
-from recap_fast.rollout.protocol import WeightSyncError, iter_weights
-from recap_fast.types import Prompt
+from recap_fast.rollout.protocol import iter_weights
+from recap_fast.types import Prompt, WeightSyncError
 from tests.rollout.conftest import random_llama
 
 
