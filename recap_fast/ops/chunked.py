@@ -4,8 +4,8 @@ A sweep runs one GEMM for the logits of each chunk and, where gradients are want
 logits with their gradient and runs one GEMM each for hidden and weight. Nothing of size [N, V]
 ever exists.
 
-Shapes: N tokens, H hidden, V vocabulary, C tokens of a chunk. C depends on V, the dtype and the
-device only, so a token meets the same arithmetic whatever the batch.
+Shapes: N tokens, H hidden, V vocabulary, C tokens of a chunk. C depends on V and the device only,
+so a token meets the same arithmetic whatever the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
-"""Bytes of a chunk's logits: enough for the GEMMs to run near their peak, whatever N is."""
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits of a chunk: enough for the GEMMs to run near their peak, whatever N is."""
 WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
@@ -117,7 +117,7 @@ def sweep(head: Head, wanted: Wanted, row_gradient: RowGradient | None = None) -
     result = Swept.allocate(head, wanted)
     if not wanted.any():
         row_gradient = None
-    chunk = max(1, min(n, chunk_rows(v, dtype, device)))
+    chunk = max(1, min(n, chunk_rows(v, device)))
     logits = torch.empty(chunk, v, dtype=dtype, device=device)
     gradient = logits
     if row_gradient is not None and dtype != head.hidden.dtype:
@@ -138,10 +138,10 @@ def sweep(head: Head, wanted: Wanted, row_gradient: RowGradient | None = None) -
     return result
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens C of a chunk."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    return max(1, CHUNK_BYTES[kind] // (vocabulary * dtype.itemsize))
+    return max(1, CHUNK_ELEMENTS[kind] // vocabulary)
 
 
 def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:

@@ -35,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 rows of 1024 float32 logits, blocks of 4."""
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 16 * 1024 * 4)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 16 * 1024)
     monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", 4 * 1024)
     monkeypatch.setattr(chunked, "WEIGHT_ROWS", 300)
 
@@ -93,7 +93,7 @@ def test_chunk_size_does_not_change_results(
     )
     whole = batch.run("torch", dtype)
     for chunk, block in ((1, 1), (7, 3), (69, 64)):
-        monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", chunk * 129 * dtype.itemsize)
+        monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk * 129)
         monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", block * 129)
         parts = batch.run("torch", dtype)
         for name, value in whole.items():
@@ -104,7 +104,7 @@ def test_chunk_size_does_not_change_results(
 
 
 def test_a_token_gets_the_same_log_prob_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 16 * 1024 * 4)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 16 * 1024)
     batch = random_batch(n=64, v=1024)
     hidden, weight = batch.tensors["hidden"].float(), batch.tensors["weight"].float()
     targets = batch.tensors["targets"]

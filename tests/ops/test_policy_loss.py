@@ -57,7 +57,7 @@ def test_error_is_bounded_by_that_of_eager(batch: Batch, dtype: torch.dtype) -> 
 def test_error_is_bounded_by_that_of_eager_on_many_tokens(
     dtype: torch.dtype, off_policy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 64 * 1500 * dtype.itemsize)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 64 * 1500)
     extra = {"old": True, "ref": True, "kl_coef": 0.1, "entropy_coef": 0.05} if off_policy else {}
     batch = random_batch(n=256, h=64, v=1500, s=16, bias=True, **extra)
     _assert_as_exact_as_eager(batch, dtype, tiny=1e-7)
