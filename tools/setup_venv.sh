@@ -112,7 +112,8 @@ is_stale() {
 }
 
 check_imports() {
-    "$VENV/bin/python" -c 'import recap_fast.config, torch; from transformers import AutoModelForCausalLM'
+    "$VENV/bin/python" -c 'import recap_fast.config, reasoning_gym, math_verify, torch
+from transformers import AutoModelForCausalLM'
 }
 
 main() {
