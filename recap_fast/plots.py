@@ -57,7 +57,7 @@ _STYLE = {
 _SIZE = (6.4, 3.3)  # inches
 _DPI = 150
 _MAX_BARS = 300
-_NOISY, _SMOOTH, _EXACT = 0.1, 0.025, 0.0  # share of a series that its drawn average spans
+_NOISY, _SMOOTH, _EXACT = 0.15, 0.025, 0.0  # share of a series that its drawn average spans
 _FEW_POINTS = 12  # below it points are marked, or a run of one step would show nothing
 
 

@@ -188,13 +188,15 @@ def _evaluation_section(history: RunHistory, config: TrainConfig) -> str:
         source = "" if row.source == last_source else row.source
         start = "" if row.source == last_source else ' class="start"'
         last_source = row.source
-        error = "" if row.standard_error is None else f" <small>± {row.standard_error:.3f}</small>"
-        difference = "–" if row.difference is None else f"{row.difference:+.3f}"
+        error = f" <small>± {row.standard_error:.3f}</small>" if row.standard_error else ""
+        digits = 1 if row.better == "neither" else 3
+        difference = "–" if row.difference is None else f"{row.difference:+.{digits}f}"
         sign = {"better": " ▲", "worse": " ▼"}.get(row.verdict, "")
         arrow = {"lower": " <small>(lower is better)</small>"}.get(row.better, "")
         lines.append(
             f"<tr{start}><th>{escape(source)}</th><td>{escape(row.metric)}{arrow}</td>"
-            f'<td class="n">{_figure(row.before)}{error}</td><td class="n">{_figure(row.after)}'
+            f'<td class="n">{_figure(row.before, digits)}{error}</td>'
+            f'<td class="n">{_figure(row.after, digits)}'
             f'</td><td class="n {row.verdict}">{difference}{sign}</td></tr>'
         )
     return (
@@ -282,7 +284,7 @@ def _facts_section(history: RunHistory, config: TrainConfig, machine: dict[str, 
         ("model", f"{config.model.path}, computing in {config.model.dtype}"),
         ("method", _method(config)),
         *[("source", _describe_source(source)) for source in config.data.sources],
-        ("batch", f"{config.data.batch_size} rows a step, mixing {config.data.mixing}"),
+        ("batch", f"{config.data.batch_size} rows a step, mixing {_mixing(config)}"),
         ("rollouts", f"{rollouts}, temperature {config.rollout.temperature:g}"),
         ("loss", f"{config.loss.loss_type}, {config.loss.aggregation} aggregation"),
         ("optimizer", f"AdamW, peak learning rate {config.optimizer.learning_rate:g}"),
@@ -293,6 +295,13 @@ def _facts_section(history: RunHistory, config: TrainConfig, machine: dict[str, 
     if len(lengths):
         facts.append(("completion length", f"{lengths.mean():.0f} tokens on average"))
     return f"<h2>Set-up</h2><table>{_fact_rows(facts)}</table>"
+
+
+def _mixing(config: TrainConfig) -> str:
+    mixing = config.data.mixing
+    if isinstance(mixing, str):
+        return mixing
+    return ", ".join(f"{name} {ratio:g}" for name, ratio in mixing.items())
 
 
 def _describe_source(source: SourceConfig) -> str:
@@ -325,10 +334,8 @@ def _fact_rows(facts: Iterable[tuple[str, str]]) -> str:
     return "".join(rows)
 
 
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def _duration(seconds: float) -> str:
