@@ -20,7 +20,7 @@ from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Logits of a chunk: enough for the GEMMs to run near their peak, whatever N is."""
-WEIGHT_ROWS = 8192
+WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
 
