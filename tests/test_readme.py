@@ -97,7 +97,7 @@ def test_what_make_train_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert {"eval/sums/accuracy", "eval/spelling/loss"} <= rows[0].keys()
+    assert {"eval/sums/accuracy", "eval/worked_sums/loss"} <= rows[0].keys()
     assert sum(key.startswith("weight/") for key in rows[1]) >= 3
     # bfloat16 on either side: rounding only.
     assert 0 <= rows[1]["rollout/logprob_diff_mean"] < 0.2
