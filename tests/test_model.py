@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -93,3 +95,23 @@ def test_built_in_model_speaks():
     )  # fmt: skip
     output = policy.model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
+
+
+def test_liger_patches_leave_the_head_alone(monkeypatch, folder):
+    """On CUDA the backbone's modules are patched; the loss stays ours."""
+    calls = []
+    patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+
+    def patch(cross_entropy: bool = True, fused_linear_cross_entropy: bool = True) -> None:
+        calls.append((cross_entropy, fused_linear_cross_entropy))
+
+    monkeypatch.setitem(patches.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
+    model_module._apply_liger(str(folder))
+    assert calls == [(False, False)]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral"])
+def test_liger_has_the_switches_that_are_set(model_type):
+    patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    parameters = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]).parameters
+    assert {"cross_entropy", "fused_linear_cross_entropy"} <= parameters.keys()
