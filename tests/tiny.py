@@ -54,8 +54,8 @@ def save_tiny_model(folder: Path) -> Path:
 def tiny_settings(folder: Path, model: Path) -> dict[str, Any]:
     """A run of 3 objectives and 4 steps, on the transformers engine, in under a second a step."""
     rewards = {
-        "length": "tests.tiny:reward_length",
-        "vowels": "tests.tiny:reward_vowels",
+        "length": "tests.tiny_rewards:length",
+        "vowels": "tests.tiny_rewards:vowels",
     }
     return {
         "run": str(folder / "run"),
@@ -88,11 +88,3 @@ def tiny_config(folder: Path, model: Path, *overrides: str) -> TrainConfig:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_settings(folder, model)))
     return load_config(path, overrides)
-
-
-def reward_length(sample: Any) -> float:
-    return 1.0 if sample.finish_reason == "stop" else len(set(sample.completion)) / 10
-
-
-def reward_vowels(sample: Any) -> float:
-    return sum(letter in "aeiou" for letter in sample.completion) / 8
