@@ -6,7 +6,7 @@ ARGS ?=
 PYTHON ?=
 BIN := .venv/bin
 # The example's own run folder may be replaced by typing `make train` again; a run of yours may not.
-OVERWRITE = $(if $(filter examples/smollm2-cpu.yaml,$(CONFIG)),--overwrite)
+OVERWRITE = $(if $(filter examples/smollm2-cpu.yaml$(ARGS),$(CONFIG)),--overwrite)
 
 # Packages on these paths would shadow those of .venv.
 unexport PYTHONPATH PYTHONHOME
@@ -26,7 +26,7 @@ venv:
 	@PYTHON="$(PYTHON)" tools/setup_venv.sh
 
 train: venv
-	$(BIN)/recap-fast train $(CONFIG) --overwrite $(ARGS)
+	$(BIN)/recap-fast train $(CONFIG) $(OVERWRITE) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)

@@ -52,7 +52,7 @@ setup(
     license="Apache-2.0",
     packages=find_namespace_packages(include=["recap_fast", "recap_fast.*"]),
     package_data={"recap_fast": ["py.typed"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["recap-fast=recap_fast.cli:main"]},

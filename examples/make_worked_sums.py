@@ -1,6 +1,6 @@
 """Writes worked_sums.jsonl, the replayed rows of smollm2-cpu.yaml: small sums, worked out in words.
 
-    python examples/make_worked_sums.py
+python examples/make_worked_sums.py
 """
 
 from __future__ import annotations

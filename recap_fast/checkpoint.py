@@ -48,6 +48,8 @@ def save_checkpoint(
     """Writes folder/step-NNNNNN and removes all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
+    if (final / _STATE).exists():  # complete, of the very same step
+        return final
     staging = folder / f".{final.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
@@ -57,8 +59,8 @@ def save_checkpoint(
     content = {"step": state.step, "data": state.data}
     (staging / _STATE).write_text(json.dumps(content), encoding="utf-8")
     _flush(staging)
-    shutil.rmtree(final, ignore_errors=True)
     os.replace(staging, final)
+    _flush_path(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -67,11 +69,15 @@ def save_checkpoint(
 def _flush(folder: Path) -> None:
     """Waits until the folder's files are on the disk, so that the rename cannot overtake them."""
     for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush_path(path)
+
+
+def _flush_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

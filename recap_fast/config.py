@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,7 +25,7 @@ class ConfigError(UserError):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Model):
@@ -163,7 +163,9 @@ class ReweightingConfig(_Model):
 
 class OptimizerConfig(_Model):
     learning_rate: float = Field(1e-6, gt=0)
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
@@ -205,7 +207,7 @@ class LoggingConfig(_Model):
 class TrainConfig(_Model):
     run: str
     """The run's folder."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -229,6 +231,12 @@ class TrainConfig(_Model):
                 found.setdefault(name, Objective(name, "reward" if source.kind == "rl" else "loss"))
         return list(found.values())
 
+    @property
+    def max_rollout_tokens(self) -> int:
+        """Tokens of the longest prompt with the longest completion, in training or evaluation."""
+        completion = max(self.rollout.max_new_tokens, self.evaluation.max_new_tokens or 0)
+        return self.data.max_prompt_tokens + completion
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         self._check_sources()
@@ -237,6 +245,11 @@ class TrainConfig(_Model):
             self.data.max_prompt_tokens + self.rollout.max_new_tokens,
             self.data.max_supervised_tokens,
         )
+        if self.training.updates_per_rollout > self.data.batch_size:
+            raise ValueError(
+                f"training.updates_per_rollout is {self.training.updates_per_rollout}, but a step "
+                f"has only data.batch_size = {self.data.batch_size} rows to deal out"
+            )
         if self.training.max_tokens < longest:
             raise ValueError(
                 f"training.max_tokens is {self.training.max_tokens}, but one sequence may have "
@@ -277,6 +290,15 @@ class TrainConfig(_Model):
                 f"loss.kl_coef is {self.loss.kl_coef}, but there is no reference model: set "
                 f'model.reference to "initial" or to a path'
             )
+        if self.model.reference is not None and not self.loss.kl_coef:
+            raise ValueError("model.reference has no use while loss.kl_coef is 0: leave one out")
+        if self.loss.logit_softcap is not None:
+            raise ValueError("loss.logit_softcap: the trainer takes the model's own; leave it out")
+        if self.loss.rollout_is_cap is not None and self.training.updates_per_rollout > 1:
+            raise ValueError(
+                "loss.rollout_is_cap has no effect with training.updates_per_rollout above 1: the "
+                "sampled log-probs are the old policy's there, and the importance weight is 1"
+            )
         has_rl = any(source.kind == "rl" for source in self.data.sources)
         if has_rl and self.rollout.group_size == 1 and self.advantages.normalize != "none":
             raise ValueError(
@@ -307,6 +329,21 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does and PyYAML does not."""
 
 
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            break  # SafeLoader's own error says so
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
+            )
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -340,12 +377,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    _resolve_files(raw)
     try:
         # As JSON: pydantic's strict mode then still builds nested dataclasses from mappings.
         return TrainConfig.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         lines = [_describe(raw, item) for item in error.errors()[:8]]
         raise ConfigError(f"{path}: cannot be used\n" + "\n".join(lines)) from None
+
+
+def _resolve_files(raw: dict[str, Any]) -> None:
+    """Makes local data files absolute, so that a run's config.yaml can be used from anywhere."""
+    data = raw.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources if isinstance(sources, list) else []:
+        name = source.get("path") if isinstance(source, dict) else None
+        if isinstance(name, str) and Path(name).is_file():
+            source["path"] = str(Path(name).resolve())
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

@@ -126,12 +126,13 @@ def evaluate_model(config: TrainConfig, path: str) -> dict[str, float]:
     stream = DataStream(config.data, tokenizer, config.seed)
     with RewardScorer(config.data.sources, config.objectives, config.rewards) as scorer:
         policy = load_policy(config.model, path)
+        policy.check_length(config.max_rollout_tokens)
         engine = make_engine(
             config.rollout,
             model=policy.model,
             model_path=path,
             tokenizer=tokenizer,
-            max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            max_model_len=config.max_rollout_tokens,
             seed=config.seed,
             device=policy.device,
         )

@@ -129,7 +129,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | int | None]]:
     Raises:
         UserError: another line is not a JSON object with a step; names file and line.
     """
-    return list(_read_rows(run_dir / METRICS_FILE))
+    path = run_dir / METRICS_FILE
+    rows = list(_read_rows(path))
+    for row in rows:
+        for key, value in row.items():
+            if value is not None and not isinstance(value, int | float):
+                raise UserError(f"{path}: step {row['step']}: {key} is no number: {value!r}")
+    return rows
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:

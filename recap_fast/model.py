@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from recap_fast import attention
@@ -132,6 +133,15 @@ class Policy:
             ).last_hidden_state[0]  # [T, H]
         return output.index_select(0, batch.hidden_index).to(self.compute_dtype)
 
+    def check_length(self, tokens: int) -> None:
+        """Raises `ModelError` where the model has fewer positions than a rollout may need."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ModelError(
+                f"data.max_prompt_tokens and the larger of rollout.max_new_tokens and "
+                f"evaluation.max_new_tokens make {tokens} tokens; the model has {limit} positions"
+            )
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
@@ -168,12 +178,17 @@ def load_policy(config: ModelConfig, path: str, *, trainable: bool = True) -> Po
     attention.register()
     if config.liger and device.type == "cuda" and trainable:
         _apply_liger(path)
-    model = _from_pretrained(
+    model, loading = _from_pretrained(
         AutoModelForCausalLM,
         path,
         dtype=torch.float32 if trainable else compute_dtype,
         attn_implementation=attention.IMPLEMENTATION,
+        output_loading_info=True,
     )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model.path: {path} lacks {len(missing)} of the model's weights, such as {missing[0]}"
+        )
     model.to(device).requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -184,7 +199,7 @@ def load_policy(config: ModelConfig, path: str, *, trainable: bool = True) -> Po
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model.path: {path} could not be loaded (a folder, a hub name that this machine "

@@ -7,7 +7,7 @@ tensors, for the one copy after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,14 +24,38 @@ from recap_fast.rollout.mismatch import logprob_diff
 class UpdateStats:
     """What an optimizer step leaves on the device. All float32."""
 
-    objective_losses: Tensor  # [K] unweighted, over the whole update
-    clip_fraction: Tensor  # [K] mean over batches
+    objective_losses: Tensor  # [K] unweighted; NaN where the update has nothing of the objective
+    clip_fraction: Tensor  # [K] share of the objective's policy tokens
     entropy: Tensor  # [] mean over the policy tokens that were trained
     kl: Tensor  # [] mean over policy tokens
     logprob_diff_mean: Tensor  # [] mean |trainer - engine| over the policy tokens that were trained
     logprob_diff_max: Tensor  # []
     grad_norm: Tensor  # [] before clipping
     skipped: Tensor  # [] 1 where the gradient was not finite and the step was skipped
+
+
+def combine_stats(stats: Sequence[UpdateStats], updates: Sequence[PackedUpdate]) -> UpdateStats:
+    """Figures of all updates of a step: means over tokens (or sequences), not over updates."""
+    if len(stats) == 1:
+        return stats[0]
+    counts = torch.stack([update.counts for update in updates])  # [U, K]
+    tokens = counts.new_tensor([update.num_policy_tokens for update in updates])
+    trained = counts.new_tensor([bool(update.batches) for update in updates])
+
+    def mean(name: str, weights: Tensor) -> Tensor:
+        values = torch.stack([getattr(item, name) for item in stats])
+        return torch.where(weights > 0, values * weights, 0.0).sum(0) / weights.sum(0)
+
+    return UpdateStats(
+        objective_losses=mean("objective_losses", counts),
+        clip_fraction=mean("clip_fraction", counts),
+        entropy=mean("entropy", tokens),
+        kl=mean("kl", tokens),
+        logprob_diff_mean=mean("logprob_diff_mean", tokens),
+        logprob_diff_max=torch.stack([item.logprob_diff_max for item in stats]).max(),
+        grad_norm=mean("grad_norm", trained),
+        skipped=torch.stack([item.skipped for item in stats]).sum(),
+    )
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float) -> float:
@@ -76,14 +100,22 @@ class PolicyOptimizer:
             lr: this step's learning rate.
         """
         stats = self._zero_stats(update)
+        clippable = torch.zeros_like(stats.clip_fraction)
         for batch in update.batches:
-            self._accumulate(batch, update, objective_weights, stats)
+            self._accumulate(batch, update, objective_weights, stats, clippable)
+        stats.clip_fraction /= clippable.clamp(min=1.0)
+        stats.objective_losses = torch.where(update.counts > 0, stats.objective_losses, torch.nan)
         if update.batches:
             self._apply(lr, stats)
         return stats
 
     def _accumulate(
-        self, batch: PackedBatch, update: PackedUpdate, weights: Tensor, stats: UpdateStats
+        self,
+        batch: PackedBatch,
+        update: PackedUpdate,
+        weights: Tensor,
+        stats: UpdateStats,
+        clippable: Tensor,
     ) -> None:
         head = self.policy.head
         output = fused_linear_policy_loss(
@@ -108,7 +140,10 @@ class PolicyOptimizer:
         share = is_policy.sum() / max(1, update.num_policy_tokens)
         mean, largest = logprob_diff(output.logprobs, batch.rollout_logprobs, is_policy)
         stats.objective_losses += output.objective_losses
-        stats.clip_fraction += output.clip_fraction / len(update.batches)
+        present = ~torch.isnan(update.advantages.index_select(0, batch.sequence_ids))  # [N, K]
+        applied = (present & is_policy[:, None]).sum(0)
+        stats.clip_fraction += output.clip_fraction * applied
+        clippable += applied
         stats.logprob_diff_mean += mean * share
         torch.maximum(stats.logprob_diff_max, largest, out=stats.logprob_diff_max)
         policy_tokens = max(1, update.num_policy_tokens)

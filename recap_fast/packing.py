@@ -53,6 +53,7 @@ class PackedUpdate:
     advantages: Tensor  # [S, K] float32; NaN where the objective is absent
     denominators: Tensor  # [K] float32
     kl_denominator: Tensor  # [] float32
+    counts: Tensor  # [K] float32, like the denominators but 0 where an objective is absent
     num_policy_tokens: int  # that enter the loss, over all batches
     num_packed_tokens: int
 
@@ -63,6 +64,7 @@ class PackedUpdate:
             advantages=self.advantages.to(device, non_blocking=True),
             denominators=self.denominators.to(device, non_blocking=True),
             kl_denominator=self.kl_denominator.to(device, non_blocking=True),
+            counts=self.counts.to(device, non_blocking=True),
         )
 
 
@@ -108,10 +110,12 @@ def pack_update(
     keep_all = bool(config.kl_coef or config.entropy_coef)
     kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
     batches = [_pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)]
+    counts = torch.from_numpy(_counts(sequences, table, config))
     return PackedUpdate(
         batches=batches,
         advantages=torch.from_numpy(table),
-        denominators=torch.from_numpy(_denominators(sequences, table, config)),
+        counts=counts,
+        denominators=counts.clamp(min=1.0),
         kl_denominator=torch.tensor(float(_count(sequences[: len(rollouts)], config))),
         num_policy_tokens=sum(len(s.completion) for s in kept if s.objective < 0),
         num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
@@ -140,10 +144,10 @@ def _count(sequences: Sequence[_Sequence], config: PolicyLossConfig) -> int:
     return sum(bool(s.completion) for s in sequences)
 
 
-def _denominators(
+def _counts(
     sequences: Sequence[_Sequence], table: np.ndarray, config: PolicyLossConfig
 ) -> np.ndarray:
-    """[K] tokens (or sequences) to which each objective applies, never below 1."""
+    """[K] tokens (or sequences) to which each objective applies."""
     counts = np.zeros(table.shape[1], dtype=np.float32)
     for sequence in sequences:
         amount = _count([sequence], config)
@@ -151,7 +155,7 @@ def _denominators(
             counts[sequence.objective] += amount
         else:
             counts += amount * ~np.isnan(table[sequence.index])
-    return np.maximum(counts, 1.0)
+    return counts
 
 
 def _split(

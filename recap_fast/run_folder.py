@@ -12,15 +12,24 @@ from recap_fast.config import ConfigError, TrainConfig, load_config
 logger = logging.getLogger(__name__)
 
 
+_OWN_NAMES = (
+    "config.yaml", "machine.json", "metrics.jsonl", "samples.jsonl", "report.html",
+    "checkpoints", "plots", "tensorboard", "wandb",
+)  # fmt: skip
+"""What a run writes. --overwrite removes these and nothing else."""
+
+
 def prepare_folder(
     config: TrainConfig, run_dir: Path, resume: bool, overwrite: bool
 ) -> Path | None:
-    """Returns the checkpoint to resume from, if any; makes sure that no run is overwritten.
+    """Returns the checkpoint to resume from, if any. Removes nothing.
 
     Raises:
         CheckpointError: nothing to resume, or nothing left to do.
-        ConfigError: a folder that holds another run.
+        ConfigError: a folder that holds another run or cannot be made, or both flags at once.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite removes it: give one of them")
     used = (run_dir / "config.yaml").exists()
     if resume:
         if not used:
@@ -33,9 +42,21 @@ def prepare_folder(
             f"run: {run_dir} already holds a run: --resume continues it, --overwrite removes it, "
             f"--set run=FOLDER starts another"
         )
-    if used:
-        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run: {run_dir} cannot be made a folder: {error.strerror}") from None
     return None
+
+
+def clear_folder(run_dir: Path) -> None:
+    """Removes what an earlier run wrote. Called when everything else is known to work."""
+    for name in _OWN_NAMES:
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
@@ -48,10 +69,12 @@ def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
     if before.objectives != config.objectives:
         old, new = ([o.name for o in c.objectives] for c in (before, config))
         raise ConfigError(f"run: {run_dir} was trained on objectives {old}, not on {new}")
-    changed = [
-        key
-        for key, value in config.model_dump(mode="json").items()
-        if value != before.model_dump(mode="json")[key]
-    ]
+    if before.reweighting != config.reweighting:
+        raise ConfigError(
+            f"reweighting: {run_dir} was trained with {before.reweighting!r}, whose windows do "
+            f"not fit {config.reweighting!r}"
+        )
+    old_settings, new_settings = (c.model_dump(mode="json") for c in (before, config))
+    changed = [key for key, value in new_settings.items() if value != old_settings[key]]
     if changed:
         logger.warning("resuming with other settings under: %s", ", ".join(changed))

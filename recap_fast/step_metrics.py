@@ -17,23 +17,23 @@ from recap_fast.types import Objective, RewardTable, Rollout
 
 
 def device_metrics(
-    names: Sequence[str], reweighter: Reweighter, stats: Sequence[UpdateStats]
+    names: Sequence[str], reweighter: Reweighter, stats: UpdateStats
 ) -> dict[str, float]:
     """The step's one copy from the device."""
     per_objective = {
         "weight": reweighter.weights,
         "rate": reweighter.rates,
         "instability": reweighter.instabilities,
-        "loss": torch.stack([s.objective_losses for s in stats]).mean(0),
-        "clip_fraction": torch.stack([s.clip_fraction for s in stats]).mean(0),
+        "loss": stats.objective_losses,
+        "clip_fraction": stats.clip_fraction,
     }
     scalars = {
-        "entropy": torch.stack([s.entropy for s in stats]).mean(),
-        "kl": torch.stack([s.kl for s in stats]).mean(),
-        "grad_norm": torch.stack([s.grad_norm for s in stats]).mean(),
-        "skipped_updates": torch.stack([s.skipped for s in stats]).sum(),
-        "rollout/logprob_diff_mean": stats[0].logprob_diff_mean,
-        "rollout/logprob_diff_max": stats[0].logprob_diff_max,
+        "entropy": stats.entropy,
+        "kl": stats.kl,
+        "grad_norm": stats.grad_norm,
+        "skipped_updates": stats.skipped,
+        "rollout/logprob_diff_mean": stats.logprob_diff_mean,
+        "rollout/logprob_diff_max": stats.logprob_diff_max,
     }
     names = [f"{kind}/{name}" for kind in per_objective for name in names] + [*scalars]
     values = torch.cat([*per_objective.values(), torch.stack([*scalars.values()])])

@@ -34,15 +34,23 @@ from recap_fast.evaluate import Evaluator
 from recap_fast.metrics import MetricsWriter, ProgressView
 from recap_fast.model import load_policy, load_tokenizer, resolve_model
 from recap_fast.ops import group_advantages
-from recap_fast.optimization import PolicyOptimizer, learning_rate
+from recap_fast.optimization import PolicyOptimizer, combine_stats, learning_rate
 from recap_fast.packing import PackedUpdate, pack_update
 from recap_fast.rewards import RewardScorer
 from recap_fast.reweighting import Reweighter, make_reweighter
 from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights, make_engine
-from recap_fast.run_folder import prepare_folder
+from recap_fast.run_folder import clear_folder, prepare_folder
 from recap_fast.step_metrics import column_deviations, column_means, device_metrics, host_metrics
-from recap_fast.types import Prompt, RewardTable, Rollout, SamplingSpec, StepRows
+from recap_fast.types import (
+    Prompt,
+    RewardTable,
+    Rollout,
+    SamplingSpec,
+    StepRows,
+    UserError,
+    WeightSyncError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +94,19 @@ class Trainer:
             initial = config.model.reference == "initial"
             path = model_path if initial else resolve_model(config.model.reference)
             reference = load_policy(config.model, path, trainable=False)
+        self.policy.check_length(config.max_rollout_tokens)
         self.optimizer = PolicyOptimizer(self.policy, reference, config)
         self.reweighter = _build_reweighter(config, self.policy.device)
+        supervised = [objective.kind == "loss" for objective in config.objectives]
+        self._is_supervised = torch.tensor(supervised, device=self.policy.device)
+        # [K] of the step before; NaN for rewards, and where that step had no row of the objective.
         self._losses = torch.full((len(self._names),), torch.nan, device=self.policy.device)
         self.engine = make_engine(
             config.rollout,
             model=self.policy.model,
             model_path=model_path,
             tokenizer=self.tokenizer,
-            max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            max_model_len=config.max_rollout_tokens,
             seed=config.seed,
             device=self.policy.device,
         )
@@ -104,7 +116,8 @@ class Trainer:
             self._restore(state)
         self.engine.sync_weights(iter_weights(self.policy.model))
         self._verify_sync()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            clear_folder(self.run_dir)
         save_config(config, self.run_dir / "config.yaml")
         self.metrics = MetricsWriter(self.run_dir, config, start_step=self.step)
 
@@ -125,14 +138,23 @@ class Trainer:
             if self.step == 0 and self.config.evaluation.before:
                 self._log(view, {"step": 0} | self.evaluator.run())
             while self.step < steps and not stop:
-                cursor = self.stream.state_dict()
-                row = self._train_step(stop)
-                if row is None:  # stopped before the optimizer step: nothing has changed
-                    self.stream.load_state_dict(cursor)
-                    break
-                if self._is_due(self.config.evaluation.every, self.config.evaluation.after):
-                    row |= self.evaluator.run()
-                self._log(view, row)
+                cursor, step = self.stream.state_dict(), self.step
+                try:
+                    row = self._train_step(stop)
+                    if row is None:  # stopped before the optimizer step: nothing has changed
+                        self.stream.load_state_dict(cursor)
+                        break
+                    try:
+                        if self._is_due(self.config.evaluation.every, self.config.evaluation.after):
+                            row |= self.evaluator.run()
+                    finally:
+                        self._log(view, row)
+                except (UserError, WeightSyncError):
+                    if self.step == step:
+                        self.stream.load_state_dict(cursor)
+                    if self.step > 0:
+                        logger.error("saved what was learnt so far: %s", self.save())
+                    raise
                 if self._is_due(self.config.checkpoint.every, True):
                     self.save()
         self._summarise_losses()
@@ -160,17 +182,17 @@ class Trainer:
             self.config.optimizer.learning_rate,
             self.config.optimizer.warmup_fraction,
         )
-        stats = [
-            self.optimizer.step(update.to(self.policy.device), weights, lr) for update in updates
-        ]
-        if rows.supervised:
-            self._losses = torch.stack([s.objective_losses for s in stats]).mean(0)
+        updates = [update.to(self.policy.device) for update in updates]
+        stats = combine_stats(
+            [self.optimizer.step(update, weights, lr) for update in updates], updates
+        )
+        self._losses = torch.where(self._is_supervised, stats.objective_losses, torch.nan)
         from_device = device_metrics(self._names, self.reweighter, stats)
+        self.step += 1
         trained = time.perf_counter()
         self.engine.sync_weights(iter_weights(self.policy.model))
         synced = time.perf_counter()
 
-        self.step += 1
         self.metrics.write_rollouts(self.step, rollouts, rewards)
         tokens = sum(len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts)
         tokens += sum(len(row.token_ids) for row in rows.supervised)
@@ -232,8 +254,7 @@ class Trainer:
         """lambda [K] for this step, from its rewards and from the losses of the step before."""
         means = torch.from_numpy(column_means(rewards.values))
         values = means.to(self._losses.device, non_blocking=True)
-        # A supervised objective's column holds no rewards, and is NaN.
-        values = torch.where(torch.isnan(values), self._losses, values)
+        values = torch.where(self._is_supervised, self._losses, values)
         deviations = torch.from_numpy(column_deviations(rewards.values))
         return self.reweighter.update(values, deviations=deviations.to(self._losses.device))
 
@@ -305,13 +326,13 @@ def _build_reweighter(config: TrainConfig, device: torch.device) -> Reweighter:
             raise ConfigError(
                 f"reweighting.parameters.weights: wanted one for each of {names}, got {list(given)}"
             )
-        arguments["weights"] = [float(given[name]) for name in names]
+        arguments["weights"] = [given[name] for name in names]
     arguments["signals"] = [
         config.reweighting.signals.get(o.name, o.kind) for o in config.objectives
     ]
     try:
         return make_reweighter(config.reweighting.method, len(names), device=device, **arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"reweighting: {error}") from None
 
 

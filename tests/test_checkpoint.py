@@ -70,6 +70,13 @@ def test_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_saving_a_step_again_never_removes_it(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    first = save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1)
+    monkeypatch.setattr("recap_fast.checkpoint.shutil.rmtree", None)
+    assert save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1) == first
+
+
 def test_none_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         latest_checkpoint(tmp_path)

@@ -63,7 +63,8 @@ def test_mistyped_names_are_named_with_the_nearest_valid_one(path, override, whe
     "override",
     ["seed=abc", "seed=true", "training.steps=1.5", "loss.clip_low=high", "model=3", "run=7",
      "data.sources=[]", "data.sources.0.rewards=[a]", "training.steps=0", "loss.clip_low=-1",
-     "loss.aggregation=constant", "rollout.temperature=0", "data.mixing=evenly"],
+     "loss.aggregation=constant", "rollout.temperature=0", "data.mixing=evenly", "seed=-1",
+     "optimizer.betas=[2.0, 3.0]", "optimizer.learning_rate=.inf", "optimizer.eps=.nan"],
 )  # fmt: skip
 def test_wrong_types_and_values_name_the_key(path, override):
     key = override.split("=")[0]
@@ -83,6 +84,13 @@ def test_wrong_types_and_values_name_the_key(path, override):
         (["data.sources.1.name=sums"], ["'sums'", "twice"]),
         (["data.sources.0.path=x.jsonl"], ["data.sources.0", "exactly one"]),
         (["data.sources.0.rewards={}"], ["data.sources.0", "rewards"]),
+        (["model.reference=initial"], ["model.reference", "kl_coef"]),
+        (["loss.logit_softcap=30.0"], ["logit_softcap", "the model's own"]),
+        (["training.updates_per_rollout=5"], ["updates_per_rollout", "batch_size"]),
+        (
+            ["loss.rollout_is_cap=2.0", "training.updates_per_rollout=2"],
+            ["rollout_is_cap", "updates_per_rollout"],
+        ),
     ],
 )
 def test_impossible_combinations(path, overrides, words):
@@ -107,7 +115,14 @@ def test_missing_key_is_named(path):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("a: [1", "YAML"), ("- 1", "mapping"), ("", "mapping"), (b"\xff\xfe\x00", "UTF-8")],
+    [
+        ("a: [1", "YAML"),
+        ("seed: 1\nseed: 2\n", "twice"),
+        ("? [a]\n: 1\n", "unhashable"),
+        ("- 1", "mapping"),
+        ("", "mapping"),
+        (b"\xff\xfe\x00", "UTF-8"),
+    ],
 )
 def test_unreadable_files(tmp_path, content, word):
     file = tmp_path / "bad.yaml"
@@ -118,3 +133,13 @@ def test_unreadable_files(tmp_path, content, word):
 def test_missing_file(tmp_path):
     assert "no such file" in message(tmp_path / "absent.yaml")
     assert str(tmp_path) in message(tmp_path)
+
+
+def test_local_files_are_kept_as_absolute_paths(path, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    cleared = ["data.sources.0.reasoning_gym=null", "data.sources.0.parameters={}"]
+    config = load_config(path, [*cleared, "data.sources.0.path=rows.jsonl"])
+    assert config.data.sources[0].path == str(tmp_path / "rows.jsonl")
+    hub = load_config(path, [*cleared, "data.sources.0.path=someone/dataset"])
+    assert hub.data.sources[0].path == "someone/dataset"

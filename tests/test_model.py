@@ -115,3 +115,44 @@ def test_liger_has_the_switches_that_are_set(model_type):
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     parameters = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]).parameters
     assert {"cross_entropy", "fused_linear_cross_entropy"} <= parameters.keys()
+
+
+def rewrite_weights(source, target, change):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    save_file(change(load_file(target / "model.safetensors")), target / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    return str(target)
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(folder, tmp_path):
+    path = rewrite_weights(
+        folder, tmp_path / "broken", lambda w: {k: v for k, v in w.items() if "mlp" not in k}
+    )
+    with pytest.raises(ModelError, match="lacks 6 of the model's weights.*mlp"):
+        load_policy(ModelConfig(path=path, device="cpu"), path)
+
+
+def test_weights_of_another_shape(folder, tmp_path):
+    path = rewrite_weights(
+        folder, tmp_path / "broken", lambda w: {k: v[:1].clone() for k, v in w.items()}
+    )
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_policy(ModelConfig(path=path, device="cpu"), path)
+
+
+def test_damaged_weights(folder, tmp_path):
+    path = rewrite_weights(folder, tmp_path / "broken", lambda w: w)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_policy(ModelConfig(path=path, device="cpu"), path)
+
+
+def test_more_tokens_than_positions():
+    policy = Policy(tiny_llama(), torch.float32)
+    policy.check_length(1024)
+    with pytest.raises(ModelError, match="1025 tokens; the model has 1024"):
+        policy.check_length(1025)

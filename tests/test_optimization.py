@@ -103,10 +103,7 @@ def test_clipping_and_step_equal_plain_torch(config):
 def test_large_gradients_are_clipped(config):
     policy = tiny_policy()
     update = make_update(config)
-    update = PackedUpdate(
-        update.batches, update.advantages * 1e4, update.denominators, update.kl_denominator,
-        update.num_policy_tokens, update.num_packed_tokens,
-    )  # fmt: skip
+    update = replace(update, advantages=update.advantages * 1e4)
     optimizer = PolicyOptimizer(policy, None, config)
     stats = optimizer.step(update, torch.ones(3), 1e-3)
     assert stats.grad_norm.item() > 100

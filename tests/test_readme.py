@@ -78,6 +78,15 @@ def test_linked_files_exist():
         assert (ROOT / link).exists(), link
 
 
+@pytest.mark.parametrize("given", ["CONFIG=my.yaml", "ARGS=--resume", "ARGS=--set run=runs/mine"])
+def test_make_train_overwrites_nothing_but_its_own_example(given):
+    planned = subprocess.run(
+        ["make", "-n", "train", given], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "recap-fast train" in planned
+    assert "--overwrite" not in planned
+
+
 @pytest.mark.timeout(600)
 def test_what_make_train_runs(tmp_path):
     """The example itself, real model and real vLLM, cut down to two steps."""

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from recap_fast.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.config import ConfigError, load_config
 from recap_fast.metrics import read_metrics
+from recap_fast.model import ModelError
 from recap_fast.trainer import Trainer
+from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +122,9 @@ def test_run_folder_is_complete(finished):
 _KILLED = """
 import os, sys
 from recap_fast.config import load_config
+from recap_fast.model import ModelError
 from recap_fast.trainer import Trainer
+from recap_fast.types import UserError
 trainer = Trainer(load_config(sys.argv[1]))
 score = trainer.scorer.score
 def score_or_die(*args):
@@ -244,6 +248,103 @@ def test_interrupted_step_gives_its_rows_back(tmp_path, model):
     )
 
 
+def test_absent_objectives_push_nothing(tmp_path, model):
+    """Every other step has no rollouts, the rest no supervised rows: windows see real values."""
+    config = tiny_config(tmp_path, model, "data.batch_size=1", "training.steps=6",
+                         "evaluation.before=false", "evaluation.after=false")  # fmt: skip
+    trainer = Trainer(config)
+    pushed = []
+    update = trainer.reweighter.update
+
+    def record(values, *args, **kwargs):
+        pushed.append(values.tolist())
+        return update(values, *args, **kwargs)
+
+    trainer.reweighter.update = record
+    trainer.train()
+    trainer.close()
+    rows = read_metrics(tmp_path / "run")
+    had_rollouts = [row["reward/length"] is not None for row in rows]
+    assert sorted(set(had_rollouts)) == [False, True]
+    for step, values in enumerate(pushed):
+        for k, name in enumerate(["length", "vowels"]):
+            expected = rows[step][f"reward/{name}"]
+            assert math.isnan(values[k]) if expected is None else values[k] == expected
+        before = rows[step - 1]["loss/ntp"] if step else None
+        assert math.isnan(values[2]) if before is None else values[2] == pytest.approx(before)
+    assert any(math.isnan(values[2]) for values in pushed[1:])
+
+
+def test_losses_do_not_depend_on_how_rows_are_dealt(tmp_path, model):
+    """Without learning, the supervised loss of a step is the same over 1, 2 and 4 updates."""
+    losses, diffs = [], []
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        config = tiny_config(folder, model, f"training.updates_per_rollout={count}",
+                             "optimizer.learning_rate=1e-12", "training.steps=1",
+                             "evaluation.before=false", "evaluation.after=false")  # fmt: skip
+        train(config)
+        (row,) = read_metrics(folder / "run")
+        losses.append(row["loss/ntp"])
+        diffs.append(row["rollout/logprob_diff_max"])
+        assert row["entropy"] > 1
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert diffs == pytest.approx([diffs[0]] * 3, rel=0.2, abs=1e-5)
+
+
+def test_overwrite_removes_only_what_a_run_wrote_and_only_when_all_is_well(tmp_path, model):
+    config = tiny_config(tmp_path, model, "training.steps=1", "evaluation.before=false")
+    train(config)
+    thesis = tmp_path / "run" / "thesis.txt"
+    thesis.write_text("mine")
+    broken = tiny_config(tmp_path, model, "model.path=/no/such/model")
+    with pytest.raises(ModelError):
+        Trainer(broken, overwrite=True)
+    assert len(read_metrics(tmp_path / "run")) == 1
+    with pytest.raises(ConfigError, match="one of them"):
+        Trainer(config, overwrite=True, resume=True)
+    config = tiny_config(tmp_path, model, "training.steps=2", "evaluation.before=false")
+    train(config, overwrite=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    assert thesis.read_text() == "mine"
+
+
+def test_failing_evaluation_loses_no_step(tmp_path, model):
+    config = tiny_config(tmp_path, model, "training.steps=2", "evaluation.before=false",
+                         "checkpoint.every=0")  # fmt: skip
+    trainer = Trainer(config)
+
+    def fail(*args):
+        raise UserError("no evaluation today")
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("recap_fast.evaluate.Evaluator.run", fail)
+    with pytest.raises(UserError, match="today"):
+        trainer.train()
+    monkey.undo()
+    trainer.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000002"
+
+
+def test_run_that_cannot_be_a_folder(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="run:"):
+        Trainer(tiny_config(tmp_path, model, f"run={tmp_path / 'file' / 'run'}"))
+
+
+@pytest.mark.parametrize(
+    "change", ["reweighting.method=dwa", "reweighting.parameters.window=2"], ids=str
+)
+def test_resume_with_another_reweighting_is_refused(finished, model, tmp_path, change):
+    run = f"run={finished[0].run}"
+    more = ["evaluation.every=2", "training.steps=9", run]
+    method = ["reweighting.parameters={}"] if "method" in change else []
+    with pytest.raises(ConfigError, match="reweighting"):
+        Trainer(tiny_config(tmp_path, model, *more, *method, change), resume=True)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -293,6 +394,10 @@ def test_every_reweighter_trains(tmp_path, model, method):
         ("reweighting.parameters={windw: 3}", "'window'"),
         ("reweighting.parameters={signals: loss}", "signals"),
         ("reweighting.parameters={window: 0}", "window"),
+        (
+            "reweighting={method: static, parameters: {weights: {length: a, vowels: 1, ntp: 1}}}",
+            "reweighting",
+        ),
     ],
 )
 def test_wrong_reweighting_parameters(tmp_path, model, setting, word):

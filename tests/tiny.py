@@ -28,7 +28,7 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, vocab: int = VOCAB) -> Llama
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=tied,
         initializer_range=0.2,
         attn_implementation=attention.IMPLEMENTATION,
