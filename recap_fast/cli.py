@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,11 @@ def doctor() -> None:
 
 
 def _quieten() -> None:
-    """One log through rich; the libraries' own progress bars would tear the live view."""
+    """One log through rich; the libraries' own progress bars and warnings about their own code
+    would tear the live view."""
+    for category in (SyntaxWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::SyntaxWarning")  # for the reward workers
     handler = RichHandler(console=_console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("recap_fast").setLevel(logging.INFO)
