@@ -49,6 +49,8 @@ setup(
     name="recap-fast",
     version=VERSION,
     description="GRPO with replay, dynamic objective weights and fused losses",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_namespace_packages(include=["recap_fast", "recap_fast.*"]),
     package_data={"recap_fast": ["py.typed"]},

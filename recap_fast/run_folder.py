@@ -6,7 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from recap_fast.checkpoint import CheckpointError, latest_checkpoint, load_state
+from recap_fast.checkpoint import CheckpointError, latest_checkpoint
 from recap_fast.config import ConfigError, TrainConfig, load_config
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def prepare_folder(
         if not used:
             raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
-        _check_resumable(config, run_dir, load_state(checkpoint).step)
+        _check_resumable(config, run_dir, int(checkpoint.name.removeprefix("step-")))
         return checkpoint
     if used and not overwrite:
         raise ConfigError(

@@ -88,9 +88,10 @@ class Trainer:
         self.tokenizer = load_tokenizer(model_path)
         self.stream = DataStream(config.data, self.tokenizer, config.seed)
         self.scorer = RewardScorer(config.data.sources, config.objectives, config.rewards)
+        logger.info("loading %s", checkpoint or config.model.path)
         self.policy = load_policy(config.model, str(checkpoint or model_path))
         reference = None
-        if config.model.reference is not None and config.loss.kl_coef:
+        if config.model.reference is not None:
             initial = config.model.reference == "initial"
             path = model_path if initial else resolve_model(config.model.reference)
             reference = load_policy(config.model, path, trainable=False)
@@ -101,6 +102,7 @@ class Trainer:
         self._is_supervised = torch.tensor(supervised, device=self.policy.device)
         # [K] of the step before; NaN for rewards, and where that step had no row of the objective.
         self._losses = torch.full((len(self._names),), torch.nan, device=self.policy.device)
+        logger.info("starting the rollout engine (%s)", config.rollout.engine)
         self.engine = make_engine(
             config.rollout,
             model=self.policy.model,

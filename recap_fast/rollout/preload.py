@@ -43,6 +43,10 @@ def preload_environment(environment: Mapping[str, str]) -> dict[str, str] | None
     return {
         # Threads that spin between parallel regions take the cores from the reward processes.
         "KMP_BLOCKTIME": "1",
+        # glibc would give buffers of a step back to the system and fault their pages in again at
+        # the next: a fifth of a training step's time.
+        "MALLOC_MMAP_THRESHOLD_": str(2**32 - 1),
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
         **environment,
         "LD_PRELOAD": ":".join(preload),
         VARIABLE: "done",
