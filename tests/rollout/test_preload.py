@@ -26,11 +26,13 @@ def usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_environment_of_the_second_start(usable: Path) -> None:
-    environment = preload.preload_environment({"LD_PRELOAD": "libtcmalloc.so", "HOME": "/root"})
+    environment = preload.preload_environment({"LD_PRELOAD": "libtcmalloc.so", "HOME": "/home/me"})
     assert environment == {
-        "HOME": "/root",
+        "HOME": "/home/me",
         "LD_PRELOAD": f"{usable}:libtcmalloc.so",
         "KMP_BLOCKTIME": "1",
+        "MALLOC_MMAP_THRESHOLD_": "4294967295",
+        "MALLOC_TRIM_THRESHOLD_": "17179869184",
         preload.VARIABLE: "done",
     }
     assert preload.preload_environment(environment) is None, "it must not start over for ever"
