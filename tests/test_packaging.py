@@ -76,7 +76,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("recap_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=skipped)
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source / name)
     (source / "kernels/probe.py").write_text("VALUE = 17\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
