@@ -156,8 +156,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         return scaled_dot_product_attention(query, key, value, **kwargs)
     # The CPU's fused backward pass is about four times slower in bfloat16 than in float32.
     with torch.autocast("cpu", enabled=False):
-        full = (x.float() for x in (query, key, value))
-        return scaled_dot_product_attention(*full, **kwargs).to(query.dtype)
+        output = scaled_dot_product_attention(query.float(), key.float(), value.float(), **kwargs)
+    return output.to(query.dtype)
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
