@@ -1,73 +1,62 @@
-"""The same policy-gradient step through recap-fast and its peers, each in its fastest CPU setting.
+"""The loss through recap-fast and through its peers, each in the fastest way it documents.
 
-The step: on-policy clipped GRPO with one objective, no KL, mean over tokens; forward and backward.
-Shapes: B sequences of T tokens (N = B * T), H hidden, V vocabulary.
+An `Implementation` builds a step for given operands. The step runs forward and backward, leaves
+gradients in `.grad`, and returns the per-token log-probs [B, T] where the implementation gives any.
+Where a package, a device or a capability is missing, `why_absent` says so; nothing is run in a
+weaker form instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.inputs import Inputs
+
+Step = Callable[[], Tensor | None]
+Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [B, T, H], weight [V, H], targets [B, T]) -> log-probs [B, T], differentiable."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Operands of one step. Gradients are left in `.grad` of hidden and weight."""
+class Implementation:
+    """One way of computing the loss."""
 
-    hidden: Tensor  # [B, T, H], requires grad
-    weight: Tensor  # [V, H], requires grad
-    targets: Tensor  # [B, T] int64
-    advantages: Tensor  # [B] float32
+    name: str
+    build: Callable[[Inputs], Step]
+    kind: Literal["floor", "ours", "peer"] = "peer"
+    package: str | None = None  # module that must be importable
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")  # of the operands
+    capability: tuple[int, int] | None = None  # the only one of CUDA devices that will do
+    floor: str = "3 GEMMs"
+    """Name of the floor in the dtypes of this implementation's logits."""
+    is_cross_entropy: bool = False
+    """The loss is a mean of negative log-probs: advantages of 1."""
 
-    @classmethod
-    def random(
-        cls, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, seed: int = 0
-    ) -> Inputs:
-        """Logits of unit variance, 16 sequences. The same numbers in every process."""
-        if tokens % 16:
-            raise ValueError(f"tokens: wanted a multiple of 16 (sequences), got {tokens}")
-        generator = torch.Generator().manual_seed(seed)
-        states = torch.randn(16, tokens // 16, hidden, generator=generator)
-        weight = torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5
-        return cls(
-            hidden=states.to(dtype).requires_grad_(),
-            weight=weight.to(dtype).requires_grad_(),
-            targets=torch.randint(vocabulary, states.shape[:2], generator=generator),
-            advantages=torch.randn(16, generator=generator),
-        )
+    def __str__(self) -> str:
+        return self.name
 
-
-Step = Callable[[Inputs], Tensor]
-"""Runs forward and backward once; returns the loss []."""
-
-
-def three_gemms(inputs: Inputs) -> Tensor:
-    """The floor: logits, hidden's gradient, weight's gradient, and nothing else."""
-    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
-    logits = hidden @ weight.t()
-    inputs.hidden.grad = (logits @ weight).view_as(inputs.hidden)
-    inputs.weight.grad = logits.t() @ hidden
-    return logits.new_zeros(())
-
-
-def recap_fast(inputs: Inputs) -> Tensor:
-    """fused_linear_policy_loss(impl="torch")."""
-    from recap_fast.ops import fused_linear_policy_loss
-
-    b, t, _ = inputs.hidden.shape
-    loss = fused_linear_policy_loss(
-        inputs.hidden.flatten(0, 1),
-        inputs.weight,
-        inputs.targets.flatten(),
-        sequence_ids=torch.arange(b).repeat_interleave(t),
-        advantages=inputs.advantages.unsqueeze(1),
-        impl="torch",
-    ).loss
-    loss.backward()
-    return loss
+    def why_absent(self, device: torch.device, dtype: str) -> str | None:
+        """The reason why it cannot run here; None where it can."""
+        if self.package is not None and find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if device.type not in self.devices:
+            return f"needs {' or '.join(self.devices)}, this is {device.type}"
+        if dtype not in self.dtypes:
+            return f"needs {' or '.join(self.dtypes)} operands, these are {dtype}"
+        if self.capability is not None:
+            have = torch.cuda.get_device_capability(device)
+            if have != self.capability:
+                return f"needs compute capability {self.capability}, this has {have}"
+        return None
 
 
 def clipped_mean(logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -78,61 +67,313 @@ def clipped_mean(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-def eager(inputs: Inputs) -> Tensor:
+def from_logprobs(logprobs: Logprobs, inputs: Inputs) -> Step:
+    """The step of an implementation that gives per-token log-probs."""
+
+    def step() -> Tensor:
+        picked = logprobs(inputs.hidden, inputs.weight, inputs.targets)
+        clipped_mean(picked.float(), inputs.advantages).backward()
+        return picked.detach()
+
+    return step
+
+
+# The floor: nothing but the GEMMs.
+
+
+_FLOOR_ROWS = 32768
+"""Rows of logits at a time: large enough for full speed, small enough to fit."""
+
+
+def three_gemms(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Step:
+    """Logits, hidden's gradient, weight's gradient, and nothing else.
+
+    With logits of another dtype than the operands (CUDA only) the gradients' GEMMs still read a
+    matrix in the operands' dtype, as every implementation would have it; it is made beforehand.
+    """
+    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    rows = min(_FLOOR_ROWS, len(hidden))
+    widen = {} if logits_dtype is None else {"out_dtype": logits_dtype}
+    gradient = None if logits_dtype is None else hidden[:rows] @ weight.t()
+    inputs.hidden.grad = torch.empty_like(inputs.hidden)
+    inputs.weight.grad = torch.empty_like(weight)
+    d_hidden, d_weight = inputs.hidden.grad.view_as(hidden), inputs.weight.grad
+
+    def step() -> None:
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits = torch.mm(hidden[chunk], weight.t(), **widen)
+            d_logits = logits if gradient is None else gradient[: len(logits)]
+            torch.mm(d_logits, weight, out=d_hidden[chunk])
+            if start == 0:
+                torch.mm(d_logits.t(), hidden[chunk], out=d_weight)
+            else:
+                d_weight.addmm_(d_logits.t(), hidden[chunk])
+
+    return step
+
+
+# Ours.
+
+
+def fused_policy_loss(inputs: Inputs, impl: str, logits_dtype: str = "bfloat16") -> Step:
+    """fused_linear_policy_loss."""
+    from recap_fast import PolicyLossConfig, fused_linear_policy_loss
+
+    b, t, _ = inputs.hidden.shape
+    config = PolicyLossConfig(logits_dtype=logits_dtype)  # type: ignore[arg-type]
+    sequence_ids = torch.arange(b, device=inputs.hidden.device).repeat_interleave(t).int()
+
+    def step() -> Tensor:
+        output = fused_linear_policy_loss(
+            inputs.hidden.flatten(0, 1),
+            inputs.weight,
+            inputs.targets.flatten(),
+            sequence_ids=sequence_ids,
+            advantages=inputs.advantages.unsqueeze(1),
+            config=config,
+            impl=impl,
+        )
+        output.loss.backward()
+        return output.logprobs.view(b, t)
+
+    return step
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
+    """recap_fast.linear_logprobs."""
+    from recap_fast import linear_logprobs as ours
+
+    logprobs, _ = ours(hidden.flatten(0, 1), weight, targets.flatten(), impl=impl)
+    return logprobs.view_as(targets)
+
+
+# Baselines without a package.
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Plain torch: logits, float32 log_softmax, gather."""
-    logits = torch.nn.functional.linear(inputs.hidden, inputs.weight)
-    logprobs = torch.log_softmax(logits.float(), -1)
-    picked = logprobs.gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
-    loss = clipped_mean(picked, inputs.advantages)
-    loss.backward()
-    return loss
+    logprobs = torch.log_softmax(F.linear(hidden, weight).float(), -1)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def trl(inputs: Inputs) -> Tensor:
-    """TRL's selective_log_softmax over eager logits, its path without Liger."""
+def compiled(inputs: Inputs) -> Step:
+    """torch.compile of eager torch and the loss."""
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Any:
+        picked = eager(hidden, weight, targets)
+        return clipped_mean(picked, advantages), picked.detach()
+
+    compiled_loss = torch.compile(loss, dynamic=False)
+
+    def step() -> Tensor:
+        value, picked = compiled_loss(
+            inputs.hidden, inputs.weight, inputs.targets, inputs.advantages
+        )
+        value.backward()
+        return picked
+
+    return step
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """512 rows of logits at a time, made again in backward: the scheme of verl's torch path."""
+
+    rows = 512
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logprobs = torch.empty(len(targets), device=hidden.device)
+        for start in range(0, len(targets), _ChunkedLogprobs.rows):
+            chunk = slice(start, start + _ChunkedLogprobs.rows)
+            logits = (hidden[chunk] @ weight.t()).float()
+            picked = logits.gather(1, targets[chunk, None])[:, 0]
+            logprobs[chunk] = picked - torch.logsumexp(logits, -1)
+        ctx.save_for_backward(hidden, weight, targets)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, by_logprob: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(targets), _ChunkedLogprobs.rows):
+            chunk = slice(start, start + _ChunkedLogprobs.rows)
+            scale = by_logprob[chunk, None]
+            d_logits = torch.softmax((hidden[chunk] @ weight.t()).float(), -1).mul_(-scale)
+            d_logits.scatter_add_(1, targets[chunk, None], scale)
+            d_logits = d_logits.to(hidden.dtype)
+            d_hidden[chunk] = d_logits @ weight
+            d_weight.addmm_(d_logits.t(), hidden[chunk])
+        return d_hidden, d_weight, None
+
+
+def chunked_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Chunked torch with recomputed logits."""
+    picked = _ChunkedLogprobs.apply(hidden.flatten(0, 1), weight, targets.flatten())
+    return picked.view_as(targets)
+
+
+# Peers.
+
+
+def trl_selective(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """TRL's selective_log_softmax over whole logits; on CUDA its own Triton kernel."""
     from trl.trainer.utils import selective_log_softmax
 
-    logits = torch.nn.functional.linear(inputs.hidden, inputs.weight)
-    loss = clipped_mean(selective_log_softmax(logits, inputs.targets), inputs.advantages)
-    loss.backward()
-    return loss
+    return selective_log_softmax(F.linear(hidden, weight), targets)
 
 
-def liger(inputs: Inputs) -> Tensor:
+def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """TRL's fused head, which its GRPOTrainer uses: chunks, entropy beside log-probs."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as rows
+
+    outputs = ("log_probs", "entropy")
+    flat = hidden.flatten(0, 1)
+    results = ChunkedLogProbFunction.apply(
+        flat, weight, None, targets.flatten(), 1.0, rows, None, 1.0, outputs
+    )
+    return results[0].view_as(targets)
+
+
+def liger_chunked(inputs: Inputs) -> Step:
     """Liger's chunked GRPO loss.
 
-    All sequences in one chunk, its fastest setting on CPU: it streams over the vocabulary in any
-    case, and every further chunk adds one pass over a weight-sized gradient. Not compiled: only
-    the loss of [B, T] log-probs would be.
+    On a CPU all sequences are one chunk, its fastest setting there: every further chunk adds a
+    pass over a weight-sized gradient, and compiling would touch only the loss of [B, T] log-probs.
+    On CUDA it is compiled, as it is by default, with 4096 tokens in a chunk.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
+    b, t, _ = inputs.hidden.shape
+    on_cpu = inputs.hidden.device.type == "cpu"
     module = LigerFusedLinearGRPOLoss(
         beta=0.0,
-        compiled=False,
+        compiled=not on_cpu,
         use_ref_model=False,
-        chunk_size=inputs.hidden.shape[0],
+        chunk_size=b if on_cpu else max(1, 4096 // t),
         loss_type="bnpo",
     )
-    loss, _ = module(
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        torch.ones_like(inputs.targets),
-        inputs.advantages,
+    mask = torch.ones_like(inputs.targets)
+
+    def step() -> None:
+        loss, _ = module(inputs.hidden, inputs.weight, inputs.targets, mask, inputs.advantages)
+        loss.backward()
+
+    return step
+
+
+def liger_triton(inputs: Inputs) -> Step:
+    """Liger's Triton GRPO loss over whole logits, whose gradient replaces them."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    mask = torch.ones_like(inputs.targets)
+
+    def step() -> None:
+        # It wants logits of one more position, the last of which it drops.
+        logits = F.linear(F.pad(inputs.hidden, (0, 0, 0, 1)), inputs.weight)
+        loss, _ = triton_grpo_loss(
+            logits, None, None, inputs.targets, inputs.advantages, mask,
+            temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, inplace=True,
+            loss_type="bnpo", reduce=True,
+        )  # fmt: skip
+        loss.backward()
+
+    return step
+
+
+def liger_cute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger's CuTe kernels for sm_90: negative log-likelihood and entropy of each token."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    flat = hidden.flatten(0, 1)
+    nll, _ = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        flat, weight, targets.flatten(), 1.0, -100, 1, True
     )
-    loss.backward()
-    return loss
+    return -nll.view_as(targets)
 
 
-FLOOR = "3 bare GEMMs"
-OURS = "recap-fast (torch)"
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
+    """Apple's CCE. "cce", its default, leaves out gradients below bfloat16's resolution."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+
+
+def quack(inputs: Inputs) -> Step:
+    """quack's chunked cross entropy with tuned kernels: a scalar, no log-probs."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def step() -> None:
+        flat = inputs.hidden.flatten(0, 1)
+        chunked_linear_cross_entropy(flat, inputs.weight, inputs.targets.flatten()).backward()
+
+    return step
+
+
+def verl_triton(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """verl's Triton linear_cross_entropy: log-probs and entropy."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    flat = hidden.flatten(0, 1)
+    logprobs, _ = linear_cross_entropy(flat, weight, targets.flatten(), 1.0, "none")
+    return logprobs.view_as(targets)
+
+
+def _with_logprobs(name: str, logprobs: Logprobs, **settings: Any) -> Implementation:
+    return Implementation(name, partial(from_logprobs, logprobs), **settings)
+
+
+FLOOR, FLOOR_FP32 = "3 GEMMs", "3 GEMMs, fp32 logits"
 EAGER = "eager torch"
-STEPS: dict[str, tuple[Step, str | None]] = {
-    FLOOR: (three_gemms, None),
-    OURS: (recap_fast, None),
-    EAGER: (eager, None),
-    "TRL selective_log_softmax": (trl, "trl"),
-    "Liger chunked GRPO": (liger, "liger_kernel"),
-}
-"""Each implementation by name, with the package that it needs."""
+_GPU: dict[str, Any] = {"devices": ("cuda",)}
+_HALF: dict[str, Any] = {"devices": ("cuda",), "dtypes": ("bfloat16",)}
+_FP32: dict[str, Any] = {**_HALF, "floor": FLOOR_FP32}  # out_dtype of a GEMM is CUDA's
+
+FLOORS = (
+    Implementation(FLOOR, three_gemms, "floor"),
+    Implementation(FLOOR_FP32, partial(three_gemms, logits_dtype=torch.float32), "floor", **_FP32),
+)
+_FUSED = tuple(
+    Implementation(name, partial(fused_policy_loss, **arguments), "ours", **settings)
+    for name, arguments, settings in (
+        ("recap-fast torch", {"impl": "torch"}, {}),
+        ("recap-fast triton", {"impl": "triton"}, _GPU),
+        ("recap-fast torch, fp32 logits", {"impl": "torch", "logits_dtype": "float32"}, _FP32),
+        ("recap-fast triton, fp32 logits", {"impl": "triton", "logits_dtype": "float32"}, _FP32),
+    )
+)
+_OUR_LOGPROBS = (
+    _with_logprobs("recap-fast torch", partial(linear_logprobs, impl="torch"), kind="ours"),
+    _with_logprobs(
+        "recap-fast triton", partial(linear_logprobs, impl="triton"), kind="ours", **_GPU
+    ),
+)
+_LOGPROB_PEERS = (
+    _with_logprobs(EAGER, eager),
+    Implementation("torch.compile", compiled),
+    _with_logprobs("chunked torch (as verl)", chunked_torch),
+    _with_logprobs("TRL selective_log_softmax", trl_selective, package="trl"),
+    _with_logprobs("TRL chunked", trl_chunked, package="trl"),
+    _with_logprobs("Liger CuTe", liger_cute, package="cutlass", capability=(9, 0), **_HALF),
+    _with_logprobs("verl Triton", verl_triton, package="verl", **_HALF),
+    _with_logprobs(
+        "CCE", partial(cut_cross_entropy, impl="cce"), package="cut_cross_entropy", **_HALF
+    ),
+    _with_logprobs(
+        "CCE exact",
+        partial(cut_cross_entropy, impl="cce_exact"),
+        package="cut_cross_entropy",
+        **_HALF,
+    ),
+)
+_LOSS_PEERS = (
+    Implementation("Liger chunked", liger_chunked, package="liger_kernel"),
+    Implementation("Liger Triton", liger_triton, package="liger_kernel", **_GPU),
+    Implementation("quack", quack, package="quack", is_cross_entropy=True, **_HALF),
+)
+
+POLICY_LOSSES = (*FLOORS, *_FUSED, *_LOGPROB_PEERS, *_LOSS_PEERS)
+"""Every way to the policy loss. Those of `LOGPROBS` compute it from their log-probs."""
+LOGPROBS = (FLOORS[0], *_OUR_LOGPROBS, *_LOGPROB_PEERS)
+"""Every way to differentiable per-token log-probs."""

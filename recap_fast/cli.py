@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -86,18 +85,47 @@ def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")
     print(write_report(run))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
 def bench(
-    context: typer.Context,
-    suite: Annotated[str, typer.Argument(help="policy_loss or step")] = "policy_loss",
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="suites in benchmarks/; none: all", metavar="SUITE")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="small, cpu or gpu")] = "small",
+    keyword: Annotated[
+        str | None, typer.Option("-k", metavar="EXPR", help="only what matches, as pytest's -k")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="timed rounds of each")] = 5,
+    deadline: Annotated[
+        float | None, typer.Option(help="seconds after which nothing more is started")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for JSON and figures")] = Path("runs/bench"),
+    static: Annotated[
+        bool, typer.Option("--static", help="compile the kernels and count instead; needs no GPU")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="with --static: also write the table as JSON")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="with --static: fail on a regression")
+    ] = False,
 ) -> None:
-    """Run a benchmark from a checkout of the repository; further arguments go to it."""
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    script = folder / f"bench_{suite}.py"
-    if not script.exists():
-        known = ", ".join(sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py")))
-        raise UserError(f"bench: no suite {suite!r}; there are: {known or 'none (not a checkout)'}")
-    raise SystemExit(subprocess.call([sys.executable, str(script), *context.args]))
+    """Time the operations beside their peers, from a checkout of the repository."""
+    if static:
+        from recap_fast import static_analysis
+
+        raise SystemExit(static_analysis.main(json, check))
+    from recap_fast.bench import run_suites
+
+    raise SystemExit(
+        run_suites(
+            suites or (),
+            shapes=shapes,
+            keyword=keyword,
+            rounds=rounds,
+            deadline=deadline,
+            output=output,
+        )
+    )
 
 
 @app.command()
