@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,6 +80,17 @@ class ForbidHostSync:
             mode.__exit__(kind, error, traceback)
 
 
+class DispatchModeInside(TorchDispatchMode):
+    """A mode that also sees the operators inside our custom operators, which hide theirs."""
+
+    def call(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        if operator.namespace != "recap_fast":
+            return operator(*args, **kwargs)
+        implementation = OPDEFS[operator._schema.name]._init_fn
+        with self, torch.no_grad():
+            return implementation(*args, **kwargs)
+
+
 class _ForbidMethods(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -88,7 +100,7 @@ class _ForbidMethods(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _ForbidOperators(TorchDispatchMode):
+class _ForbidOperators(DispatchModeInside):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
@@ -108,7 +120,7 @@ class _ForbidOperators(TorchDispatchMode):
             raise HostSyncError(f"{operator} with a bool mask waits for the device")
         if packet in COPYING_PACKETS:
             self._check_copy(operator, args, kwargs)
-        return operator(*args, **kwargs)
+        return self.call(operator, args, kwargs)
 
     def _check_copy(self, operator: Any, args: Any, kwargs: Any) -> None:
         if operator.overloadpacket is aten._to_copy:

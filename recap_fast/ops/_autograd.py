@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def refuse_double_backward(name: str) -> None:
@@ -21,3 +22,13 @@ def refuse_double_backward(name: str) -> None:
 def graph_is_kept() -> bool:
     """Whether the running backward keeps its graph, so that it may be run again."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def empty_if_none(value: Tensor | None, like: Tensor) -> Tensor:
+    """What a custom operator returns in the place of None."""
+    return like.new_empty(0) if value is None else value
+
+
+def none_if_empty(value: Tensor) -> Tensor | None:
+    """Undoes `empty_if_none`. A gradient [0, H] of no tokens is a tensor, not None."""
+    return None if value.shape == (0,) else value

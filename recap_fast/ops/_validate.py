@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+from recap_fast.ops.launch import why_unavailable
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FULL_DTYPES = (torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 NUMBER_DTYPES = FULL_DTYPES + INTEGER_DTYPES
@@ -70,13 +72,19 @@ def check_scale(temperature: float, logit_softcap: float | None) -> None:
         raise ValueError(f"logit_softcap: wanted None or a number > 0, got {logit_softcap}")
 
 
-def resolve_impl(impl: str) -> str:
-    """Name of the implementation to run. An explicit name is run or refused, never replaced."""
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation to run: "reference", "torch" or "triton".
+
+    An explicit name is run or refused, never replaced. "auto" is Triton on CUDA, except for
+    float64 operands, and torch elsewhere: Triton's interpreter has to be asked for by name.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: wanted one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl == "triton":
-        raise NotImplementedError(
-            'impl="triton" is not available in this release yet; '
-            'use impl="torch" (chunked) or impl="auto"'
-        )
-    return "torch" if impl == "auto" else impl
+    if impl in ("torch", "reference"):
+        return impl
+    reason = why_unavailable(device)
+    if dtype == torch.float64:
+        reason = "the kernels compute in float32, and the operands are float64"
+    if impl == "triton" and reason is not None:
+        raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="torch" or "auto"')
+    return "triton" if reason is None and (impl == "triton" or device.type == "cuda") else "torch"

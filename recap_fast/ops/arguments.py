@@ -16,6 +16,7 @@ from recap_fast.ops._validate import (
     NUMBER_DTYPES,
     check_head,
     check_tensor,
+    statistics_dtype,
 )
 
 
@@ -38,6 +39,7 @@ class LossArguments:
     bias: Tensor | None  # [V]
     denominators: Tensor | None  # [K]
     kl_denominator: Tensor | float | None  # []
+    weight_grad: Tensor | None  # [V, H]
 
     def check(self, config: PolicyLossConfig) -> None:
         """Raise ValueError for a wrong shape, dtype, device or combination."""
@@ -53,11 +55,21 @@ class LossArguments:
         elif not isinstance(self.kl_denominator, (int, float, type(None))):
             got = type(self.kl_denominator).__name__
             raise ValueError(f"kl_denominator: wanted a number or a tensor of shape [], got {got}")
+        self._check_weight_grad()
         if config.kl_coef != 0 and self.ref_logprobs is None:
             raise ValueError(f"kl_coef={config.kl_coef}: wanted ref_logprobs [N], got None")
         if config.rollout_is_cap is not None and self.rollout_logprobs is None:
             cap = config.rollout_is_cap
             raise ValueError(f"rollout_is_cap={cap}: wanted rollout_logprobs [N], got None")
+
+    def _check_weight_grad(self) -> None:
+        if self.weight_grad is None:
+            return
+        shape = [("V", self.weight.shape[0]), ("H", self.weight.shape[1])]
+        full = (statistics_dtype(self.hidden.dtype),)
+        grad = check_tensor("weight_grad", self.weight_grad, shape, full, self.hidden.device)
+        if not grad.is_contiguous() or grad.requires_grad:
+            raise ValueError("weight_grad: wanted a contiguous tensor that needs no gradient")
 
     def _check_table(self) -> tuple[int, int]:
         """Check rewards, advantages and group_ids; return S and K."""

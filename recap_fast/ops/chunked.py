@@ -11,6 +11,7 @@ so a token meets the same arithmetic whatever the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from torch import Tensor
 from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits of a chunk: enough for the GEMMs to run near their peak, whatever N is."""
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 625_000_000}
+"""Logits of a chunk: enough for the GEMMs to run near their peak, whatever N is. CUDA: 4096 rows of
+a vocabulary of 152k, so that adding up dW in float32 costs little (docs/performance.md)."""
+GEMM_TILE = 128
+"""Rows of a CUDA chunk are a multiple of it."""
 WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
@@ -39,9 +43,10 @@ class Head:
     @property
     def gemm_dtype(self) -> torch.dtype:
         """What the logits' GEMM leaves. torch's CPU GEMMs leave the dtype of their operands."""
-        if self.hidden.dtype != torch.bfloat16 or not self.hidden.is_cuda:
-            return self.hidden.dtype
-        return torch.bfloat16 if self.bfloat16_logits else torch.float32
+        is_half = self.hidden.dtype in (torch.bfloat16, torch.float16)
+        if is_half and self.hidden.is_cuda and not self.bfloat16_logits:
+            return torch.float32
+        return self.hidden.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,19 @@ class Swept:
     d_bias: Tensor | None  # [V]
 
     @classmethod
-    def allocate(cls, head: Head, wanted: Wanted) -> Swept:
+    def allocate(cls, head: Head, wanted: Wanted, weight_grad: Tensor | None = None) -> Swept:
         (n, h), v = head.hidden.shape, head.weight.shape[0]
         full = statistics_dtype(head.hidden.dtype)
         device = head.hidden.device
         # The first chunk writes d_weight without reading it; without tokens there is none.
         new = torch.empty if n else torch.zeros
+        if wanted.weight and weight_grad is None:
+            weight_grad = new(v, h, dtype=full, device=device)
         return cls(
             logprobs=torch.empty(n, dtype=full, device=device),
             entropy=torch.empty(n, dtype=full, device=device),
             d_hidden=head.hidden.new_empty(n, h) if wanted.hidden else None,
-            d_weight=new(v, h, dtype=full, device=device) if wanted.weight else None,
+            d_weight=weight_grad if wanted.weight else None,
             d_bias=torch.zeros(v, dtype=full, device=device) if wanted.bias else None,
         )
 
@@ -106,42 +113,81 @@ def make_head(
     )
 
 
+class RowStage(Protocol):
+    """What happens to a chunk of logits between its GEMMs."""
+
+    def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
+        """Write `rows` of result.logprobs and result.entropy from logits [C, V], and the gradient.
+
+        `gradient` [C, V], in the dtype of hidden, may be the logits themselves. The logits are not
+        read again.
+        """
+
+
+class HeadStage(RowStage, Protocol):
+    """A stage made of the head and of how the loss depends on each row."""
+
+    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None: ...
+
+
+class TorchRows:
+    """`HeadStage` of torch operations."""
+
+    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None:
+        self._head = head
+        self._row_gradient = row_gradient
+        self._pass: RowPass | None = None
+
+    def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
+        if self._pass is None:  # the first chunk is the largest
+            scale = (self._head.temperature, self._head.softcap)
+            self._pass = RowPass.allocate(logits, *scale, overwrite=True)
+        for block in blocks(logits, logits.shape[0]):
+            at = slice(rows.start + block.start, rows.start + block.stop)
+            result.logprobs[at], result.entropy[at] = self._pass.run(
+                logits[block],
+                self._head.targets[at],
+                at,
+                None if gradient is None else self._row_gradient,
+                None if gradient is None else gradient[block],
+            )
+
+
 @torch.no_grad()
-def sweep(head: Head, wanted: Wanted, row_gradient: RowGradient | None = None) -> Swept:
+def sweep(head: Head, wanted: Wanted, stage: RowStage, weight_grad: Tensor | None = None) -> Swept:
     """Visit every chunk once: 1 GEMM, and one more for each of hidden and weight if wanted.
 
-    `row_gradient` says how the loss depends on each row; it is needed where `wanted` is not empty.
+    `weight_grad` [V, H] is added to, and becomes the result's d_weight.
     """
     n, v = head.hidden.shape[0], head.weight.shape[0]
     device, dtype = head.hidden.device, head.gemm_dtype
-    result = Swept.allocate(head, wanted)
-    if not wanted.any():
-        row_gradient = None
+    result = Swept.allocate(head, wanted, weight_grad)
     chunk = max(1, min(n, chunk_rows(v, device)))
     logits = torch.empty(chunk, v, dtype=dtype, device=device)
-    gradient = logits
-    if row_gradient is not None and dtype != head.hidden.dtype:
-        gradient = torch.empty_like(logits, dtype=head.hidden.dtype)
-    row_pass = RowPass.allocate(logits, head.temperature, head.softcap, overwrite=True)
+    gradient = None
+    if wanted.any():
+        same = dtype == head.hidden.dtype
+        gradient = logits if same else torch.empty_like(logits, dtype=head.hidden.dtype)
     with torch.autocast(device.type, enabled=False):
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             tokens = rows.stop - start
             _logits_gemm(head, rows, logits[:tokens])
-            for block in blocks(logits, tokens):
-                at = slice(start + block.start, start + block.stop)
-                result.logprobs[at], result.entropy[at] = row_pass.run(
-                    logits[block], head.targets[at], at, row_gradient, gradient[block]
-                )
-            if row_gradient is not None:
-                _add_gradients(head, rows, gradient[:tokens], result)
+            part = None if gradient is None else gradient[:tokens]
+            stage.run(logits[:tokens], rows, part, result)
+            if part is not None:
+                is_first = start == 0 and weight_grad is None
+                _add_gradients(head, rows, part, result, is_first)
     return result
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens C of a chunk."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    return max(1, CHUNK_ELEMENTS[kind] // vocabulary)
+    rows = max(1, CHUNK_ELEMENTS[kind] // vocabulary)
+    if kind == "cuda" and rows > GEMM_TILE:
+        rows -= rows % GEMM_TILE
+    return rows
 
 
 def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:
@@ -158,20 +204,22 @@ def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:
         out.copy_(out.bfloat16())
 
 
-def _add_gradients(head: Head, rows: slice, gradient: Tensor, result: Swept) -> None:
+def _add_gradients(
+    head: Head, rows: slice, gradient: Tensor, result: Swept, is_first: bool
+) -> None:
     """GEMMs of one chunk from its logits' gradient [C, V]."""
     hidden = head.hidden[rows]
     if result.d_hidden is not None:
         torch.mm(gradient, head.weight, out=result.d_hidden[rows])
     if result.d_weight is not None:
-        _accumulate_weight(result.d_weight, gradient, hidden, first=rows.start == 0)
+        _accumulate_weight(result.d_weight, gradient, hidden, is_first)
     if result.d_bias is not None:
         result.d_bias.add_(gradient.sum(0, dtype=result.d_bias.dtype))
 
 
-def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
     """total [V, H] += gradient [C, V].T @ hidden [C, H], summed over chunks in total's dtype."""
-    beta = 0.0 if first else 1.0
+    beta = 0.0 if is_first else 1.0
     if total.dtype == hidden.dtype:
         torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
     elif total.is_cuda:
@@ -182,7 +230,7 @@ def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: b
             some = total[start : start + WEIGHT_ROWS]
             columns = gradient[:, start : start + WEIGHT_ROWS]
             product = torch.mm(columns.t(), hidden, out=part[: some.shape[0]])
-            if first:
+            if is_first:
                 some.copy_(product)
             else:
                 some.add_(product)

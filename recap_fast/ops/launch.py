@@ -53,6 +53,7 @@ def recording(recorder: Callable[[Launch], None]) -> Iterator[None]:
         _recorders.pop()
 
 
+@torch.compiler.assume_constant_result  # torch.compile would not get through Triton's settings
 def why_unavailable(device: torch.device) -> str | None:
     """The reason why Triton kernels cannot run on tensors of `device`; None where they can."""
     if find_spec("triton") is None:

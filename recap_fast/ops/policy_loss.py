@@ -5,7 +5,6 @@ Shapes: N packed tokens, H hidden, V vocabulary, S sequences (rollouts), K objec
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from torch import Tensor
 
 from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops import objective, reference
-from recap_fast.ops._autograd import graph_is_kept, refuse_double_backward
+from recap_fast.ops._autograd import empty_if_none
 from recap_fast.ops._validate import resolve_impl, statistics_dtype
 from recap_fast.ops.advantages import normalized_advantages
 from recap_fast.ops.arguments import LossArguments
-from recap_fast.ops.chunked import Head, Swept, Wanted, make_head, sweep
+from recap_fast.ops.attach import attach_gradients
+from recap_fast.ops.chunked import Head, HeadStage, Swept, TorchRows, Wanted, make_head, sweep
 from recap_fast.ops.output import PolicyLossOutput
 from recap_fast.ops.rows import RowGradient
-from recap_fast.ops.tokens import TokenTable, tabulate
+from recap_fast.ops.tokens import TokenTable, count, tabulate
 
 
 def fused_linear_policy_loss(
@@ -40,6 +40,7 @@ def fused_linear_policy_loss(
     bias: Tensor | None = None,
     denominators: Tensor | None = None,
     kl_denominator: Tensor | float | None = None,
+    weight_grad: Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
     impl: str = "auto",
 ) -> PolicyLossOutput:
@@ -50,9 +51,9 @@ def fused_linear_policy_loss(
     gradient is made in the forward pass: 3 GEMMs in all, 4 for off-policy ratios at sequence level.
 
     Args:
-        hidden: [N, H] float32, bfloat16 or float64; already predicts `targets`. Its dtype is that
-            of the GEMMs; weight and bias are cast to it, their gradients summed in float32 and
-            returned in their own dtype. Rows may be strided; no copy is made of them.
+        hidden: [N, H] float32, bfloat16, float16 or float64; already predicts `targets`. Its dtype
+            is that of the GEMMs; weight and bias are cast to it, their gradients summed in float32
+            and returned in their own dtype. Rows may be strided; no copy is made of them.
         weight: [V, H]; may be frozen, and may be the embedding too (a tied head).
         targets: [N] int64; -100 is ignored and gets no gradient.
         sequence_ids: [N] int32 or int64 in [0, S); any value at ignored targets.
@@ -70,17 +71,22 @@ def fused_linear_policy_loss(
         bias: [V].
         denominators: [K] global d_k; None: counted here. Below 1 they are taken as 1.
         kl_denominator: [] or a number: that of KL and entropy; None: counted here.
+        weight_grad: [V, H] float32, contiguous, such as Megatron's main_grad: the weight's gradient
+            is added to it in the forward pass, and none reaches `weight` through autograd. The
+            loss must then be backpropagated as it is: a factor put on it later would miss this
+            gradient (put it into `objective_weights`).
         config: the loss's constants. `logits_dtype` "float32" asks the GEMM for float32 logits of
             bfloat16 operands, which torch offers on CUDA; its CPU GEMM leaves bfloat16.
-        impl: "torch" (chunked), "reference" (eager, holds [N, V]), "triton", or "auto". An
-            explicit name is run or refused, never replaced.
+        impl: "triton" (chunked, one kernel between the GEMMs), "torch" (chunked), "reference"
+            (eager, holds [N, V]), or "auto": Triton on CUDA unless hidden is float64, else torch.
+            An explicit name is run or refused, never replaced.
 
     Returns:
         PolicyLossOutput; everything but `loss` is detached.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or arguments that contradict each other.
-        NotImplementedError: impl="triton".
+        ValueError: a wrong shape, dtype or device, arguments that contradict each other, or
+            impl="triton" where it cannot run.
         RuntimeError: double backward.
     """
     arguments = LossArguments(
@@ -99,43 +105,208 @@ def fused_linear_policy_loss(
         bias=bias,
         denominators=denominators,
         kl_denominator=kl_denominator,
+        weight_grad=weight_grad,
     )
     arguments.check(config)
-    if resolve_impl(impl) == "reference":
+    chosen = resolve_impl(impl, hidden.device, hidden.dtype)
+    if chosen == "reference":
+        if weight_grad is not None:
+            raise ValueError('weight_grad: wanted None with impl="reference", got a tensor')
         return reference.policy_loss(arguments, config)
-    wanted = _wanted(arguments)
-    output, swept = _forward(arguments, wanted, config)
-    if not wanted.any():
-        return output
-    gradients = (
-        swept.d_hidden,
-        None if swept.d_weight is None else swept.d_weight.to(weight.dtype),
-        None if swept.d_bias is None or bias is None else swept.d_bias.to(bias.dtype),
+    if kl_denominator is not None and not isinstance(kl_denominator, Tensor):
+        kl_denominator = torch.full((), float(kl_denominator), device=hidden.device)
+    # Gradients that autograd may ask for: none under no_grad, none of a frozen head.
+    learns = torch.is_grad_enabled()
+    learns_weight = learns and (weight.requires_grad or weight_grad is not None)
+    loss, losses, logprobs, entropy, kl, clip_fraction, table, *gradients = _policy_loss(
+        hidden.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        targets,
+        sequence_ids,
+        rewards,
+        advantages,
+        group_ids,
+        objective_weights,
+        token_objectives,
+        old_logprobs,
+        ref_logprobs,
+        rollout_logprobs,
+        denominators,
+        kl_denominator,
+        weight_grad,
+        want_hidden=learns and hidden.requires_grad,
+        want_weight=learns_weight,
+        want_bias=learns and bias is not None and bias.requires_grad,
+        impl=chosen,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        clip_delta=config.clip_delta,
+        loss_type=config.loss_type,
+        ratio_level=config.ratio_level,
+        aggregation=config.aggregation,
+        max_completion_length=config.max_completion_length,
+        kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
+        entropy_coef=config.entropy_coef,
+        temperature=config.temperature,
+        logit_softcap=config.logit_softcap,
+        rollout_is_cap=config.rollout_is_cap,
+        logits_dtype=config.logits_dtype,
     )
-    del swept  # a float32 sum must not live beside its rounded copy until backward
-    loss = _AttachGradients.apply(hidden, weight, bias, output.loss, *gradients)
-    return replace(output, loss=loss)
-
-
-def _wanted(arguments: LossArguments) -> Wanted:
-    """Gradients that autograd may ask for: none under no_grad, none of a frozen head."""
-    if not torch.is_grad_enabled():
-        return Wanted()
-    bias = arguments.bias
-    return Wanted(
-        hidden=arguments.hidden.requires_grad,
-        weight=arguments.weight.requires_grad,
-        bias=bias is not None and bias.requires_grad,
+    if learns and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        loss = attach_gradients(loss, hidden, weight, bias, *gradients)
+    return PolicyLossOutput(
+        loss=loss,
+        objective_losses=losses,
+        logprobs=logprobs,
+        entropy=entropy,
+        kl=None if ref_logprobs is None else kl,
+        clip_fraction=clip_fraction,
+        advantages=table,
     )
 
 
-@torch.no_grad()
+# A custom operator, so that torch.compile meets one opaque call without a graph break. Operators
+# take no dataclasses: the configuration travels field by field.
+@torch.library.custom_op("recap_fast::linear_policy_loss", mutates_args={"weight_grad"})
+def _policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    rewards: Tensor | None,
+    advantages: Tensor | None,
+    group_ids: Tensor | None,
+    objective_weights: Tensor | None,
+    token_objectives: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    denominators: Tensor | None,
+    kl_denominator: Tensor | None,
+    weight_grad: Tensor | None,
+    *,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    impl: str,
+    clip_low: float,
+    clip_high: float,
+    clip_delta: float | None,
+    loss_type: str,
+    ratio_level: str,
+    aggregation: str,
+    max_completion_length: int | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    temperature: float,
+    logit_softcap: float | None,
+    rollout_is_cap: float | None,
+    logits_dtype: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, L_k, logprobs, entropy, kl, clip_fraction, advantages, d_hidden, d_weight, d_bias).
+
+    What does not exist is an empty tensor: operators return no None.
+    """
+    arguments = LossArguments(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        sequence_ids=sequence_ids,
+        rewards=rewards,
+        advantages=advantages,
+        group_ids=group_ids,
+        objective_weights=objective_weights,
+        token_objectives=token_objectives,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        bias=bias,
+        denominators=denominators,
+        kl_denominator=kl_denominator,
+        weight_grad=weight_grad,
+    )
+    config = PolicyLossConfig(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        clip_delta=clip_delta,
+        loss_type=loss_type,  # type: ignore[arg-type]
+        ratio_level=ratio_level,  # type: ignore[arg-type]
+        aggregation=aggregation,  # type: ignore[arg-type]
+        max_completion_length=max_completion_length,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,  # type: ignore[arg-type]
+        entropy_coef=entropy_coef,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        rollout_is_cap=rollout_is_cap,
+        logits_dtype=logits_dtype,  # type: ignore[arg-type]
+    )
+    wanted = Wanted(hidden=want_hidden, weight=want_weight, bias=want_bias)
+    output, swept = _forward(arguments, wanted, config, impl)
+    d_weight = swept.d_weight if weight_grad is None else None  # an input cannot be an output
+    return (
+        output.loss,
+        output.objective_losses,
+        output.logprobs,
+        output.entropy,
+        empty_if_none(output.kl, output.loss),
+        output.clip_fraction,
+        output.advantages,
+        empty_if_none(swept.d_hidden, hidden),
+        empty_if_none(d_weight, weight).to(weight.dtype),
+        empty_if_none(swept.d_bias, weight).to(weight.dtype if bias is None else bias.dtype),
+    )
+
+
+@_policy_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    rewards: Tensor | None,
+    advantages: Tensor | None,
+    *tensors: Tensor | None,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
+    ref_logprobs, weight_grad = tensors[4], tensors[8]
+    table = rewards if rewards is not None else advantages
+    assert table is not None
+    full = statistics_dtype(hidden.dtype)
+
+    def new(*shape: Any) -> Tensor:
+        return hidden.new_empty(shape, dtype=full)
+
+    n, k = hidden.shape[0], table.shape[1]
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return (
+        new(),
+        new(k),
+        new(n),
+        new(n),
+        new(n) if ref_logprobs is not None else new(0),
+        new(k),
+        new(*table.shape),
+        hidden.new_empty(hidden.shape) if want_hidden else hidden.new_empty(0),
+        d_weight if want_weight and weight_grad is None else weight.new_empty(0),
+        bias.new_empty(bias.shape)
+        if want_bias and bias is not None
+        else (weight if bias is None else bias).new_empty(0),
+    )
+
+
 def _forward(
-    arguments: LossArguments, wanted: Wanted, config: PolicyLossConfig
+    arguments: LossArguments, wanted: Wanted, config: PolicyLossConfig, impl: str
 ) -> tuple[PolicyLossOutput, Swept]:
     """Everything that is returned, and the wanted gradients of the loss."""
-    advantages, present = _advantage_table(arguments)
-    tokens = tabulate(arguments, advantages, present, config)
     head = make_head(
         arguments.hidden,
         arguments.weight,
@@ -145,7 +316,53 @@ def _forward(
         config.logit_softcap,
         config.logits_dtype,
     )
-    swept = sweep(head, wanted, _row_gradient(head, tokens, config) if wanted.any() else None)
+    # Ratios of whole sequences need all log-probs before any gradient.
+    if impl == "triton" and config.ratio_level == "token":
+        return _forward_in_kernel(arguments, head, wanted, config)
+    return _forward_in_torch(arguments, head, wanted, config, impl)
+
+
+def _forward_in_kernel(
+    arguments: LossArguments, head: Head, wanted: Wanted, config: PolicyLossConfig
+) -> tuple[PolicyLossOutput, Swept]:
+    """One kernel a chunk does everything between the GEMMs."""
+    from recap_fast.ops.triton_rows import PolicyRows
+
+    advantages, present = _advantage_table(arguments)
+    table = arguments.rewards if arguments.rewards is not None else arguments.advantages
+    assert table is not None
+    scales = count(arguments, present, config, torch.float32)
+    stage = PolicyRows(arguments, table.float(), scales, config)
+    swept = sweep(head, wanted, stage, arguments.weight_grad)
+    losses, clip_fraction = stage.losses()
+    weights = arguments.objective_weights
+    loss = (losses if weights is None else losses * weights.float()).sum() / losses.shape[0]
+    output = PolicyLossOutput(
+        loss=loss if stage.penalty is None else loss + stage.penalty.sum(),
+        objective_losses=losses,
+        logprobs=swept.logprobs,
+        entropy=swept.entropy,
+        kl=stage.kl,
+        clip_fraction=clip_fraction,
+        advantages=advantages,
+    )
+    return output, swept
+
+
+def _forward_in_torch(
+    arguments: LossArguments, head: Head, wanted: Wanted, config: PolicyLossConfig, impl: str
+) -> tuple[PolicyLossOutput, Swept]:
+    advantages, present = _advantage_table(arguments)
+    tokens = tabulate(arguments, advantages, present, config)
+    stage: type[HeadStage] = TorchRows
+    if impl == "triton":
+        from recap_fast.ops.triton_rows import LogprobsRows
+
+        stage = LogprobsRows
+    row_gradient = None
+    if wanted.any():
+        row_gradient = _row_gradient(head, tokens, config, stage)
+    swept = sweep(head, wanted, stage(head, row_gradient), arguments.weight_grad)
     losses, clip_fraction = objective.objective_losses(tokens, swept.logprobs, config)
     kl = None
     if tokens.ref is not None:
@@ -175,7 +392,9 @@ def _advantage_table(arguments: LossArguments) -> tuple[Tensor, Tensor]:
     return given.where(present, 0.0), present
 
 
-def _row_gradient(head: Head, tokens: TokenTable, config: PolicyLossConfig) -> RowGradient:
+def _row_gradient(
+    head: Head, tokens: TokenTable, config: PolicyLossConfig, stage: type[HeadStage]
+) -> RowGradient:
     """How the loss depends on each token's log-prob and entropy.
 
     Known at once when nothing is compared with the log-probs; from all log-probs (one more GEMM)
@@ -188,7 +407,8 @@ def _row_gradient(head: Head, tokens: TokenTable, config: PolicyLossConfig) -> R
             tokens, torch.zeros_like(tokens.regulariser_share), config
         )
     elif config.ratio_level == "sequence":
-        by_logprob = objective.logprob_gradient(tokens, sweep(head, Wanted()).logprobs, config)
+        logprobs = sweep(head, Wanted(), stage(head)).logprobs
+        by_logprob = objective.logprob_gradient(tokens, logprobs, config)
 
     def row_gradient(
         rows: slice, logprobs: Tensor, entropy: Tensor
@@ -199,38 +419,3 @@ def _row_gradient(head: Head, tokens: TokenTable, config: PolicyLossConfig) -> R
         return known, None if by_entropy is None else by_entropy[rows]
 
     return row_gradient
-
-
-class _AttachGradients(torch.autograd.Function):
-    """Hangs gradients made in the forward pass onto the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss: Tensor,
-        d_hidden: Tensor | None,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("fused_linear_policy_loss")
-        keep = graph_is_kept()
-        scaled = [None if g is None else _scaled(g, grad_output, keep) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """gradient * factor without reading the factor on the host; in place unless kept for later."""
-    if factor.is_cuda:
-        # CUDA would round a 0-dim factor to bfloat16 first; with dimensions it promotes.
-        factor = factor.reshape([1] * gradient.dim())
-    if keep:
-        return torch.mul(gradient, factor).to(gradient.dtype)
-    return torch.mul(gradient, factor, out=gradient)

@@ -41,11 +41,25 @@ class TokenTable:
         return replace(self, **cut)
 
 
-def tabulate(
-    inputs: LossArguments, advantages: Tensor, present: Tensor, config: PolicyLossConfig
-) -> TokenTable:
-    """Spread advantages [S, K], presence [S, K] bool, scales and denominators over the tokens."""
-    (num_sequences, k), dtype = present.shape, advantages.dtype
+@dataclass(frozen=True, slots=True)
+class TokenScales:
+    """How much each token counts. A token's share of L_k is a_t / d_k."""
+
+    policy: Tensor  # [N] bool: policy-gradient token
+    supervised: Tensor  # [N, K] bool: supervised token of k
+    applies: Tensor  # [N, K] bool: policy token whose sequence has k
+    sequence: Tensor  # [N] int64, 0 at ignored tokens
+    scale: Tensor  # [N]: a_t
+    denominators: Tensor  # [K]: d_k, at least 1
+    regulariser: Tensor  # []: the denominator of KL and entropy, at least 1
+    policy_counts: Tensor  # [S]: policy tokens of each sequence
+
+
+def count(
+    inputs: LossArguments, present: Tensor, config: PolicyLossConfig, dtype: torch.dtype
+) -> TokenScales:
+    """Scales and denominators from masks and presence [S, K] bool; denominators may be given."""
+    num_sequences, k = present.shape
     valid = inputs.targets != IGNORED_TARGET
     # Ignored tokens may carry any sequence id, padding's -1 included.
     sequence = inputs.sequence_ids.long().where(valid, 0)
@@ -58,36 +72,56 @@ def tabulate(
         supervised = valid.unsqueeze(1) & (inputs.token_objectives.unsqueeze(1) == objectives)
     applies = policy.unsqueeze(1) & present.index_select(0, sequence)
 
-    def full(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.detach().to(dtype)
-
     def per_sequence(counted: Tensor) -> Tensor:
         return sum_over_sequences(counted.to(dtype), sequence, num_sequences)
 
-    scale = _token_scale(per_sequence(valid), sequence, config)
     policy_counts = per_sequence(policy)
     by_token = config.aggregation == "token"
-    counts = per_sequence(applies | supervised)
-    denominators = counts.sum(0) if by_token else (counts > 0).to(dtype).sum(0)
     if inputs.denominators is not None:
         denominators = inputs.denominators.detach().to(dtype)
+    else:
+        counts = per_sequence(applies | supervised)
+        denominators = counts.sum(0) if by_token else (counts > 0).to(dtype).sum(0)
     regulariser = policy_counts.sum() if by_token else (policy_counts > 0).to(dtype).sum()
     if inputs.kl_denominator is not None:
         regulariser = regulariser.new_zeros(()) + inputs.kl_denominator
-    share = scale.unsqueeze(1) / denominators.clamp(min=1)
+    return TokenScales(
+        policy=policy,
+        supervised=supervised,
+        applies=applies,
+        sequence=sequence,
+        scale=_token_scale(per_sequence(valid), sequence, config),
+        denominators=denominators.clamp(min=1),
+        regulariser=regulariser.clamp(min=1),
+        policy_counts=policy_counts,
+    )
+
+
+def tabulate(
+    inputs: LossArguments, advantages: Tensor, present: Tensor, config: PolicyLossConfig
+) -> TokenTable:
+    """Spread advantages [S, K], presence [S, K] bool, scales and denominators over the tokens."""
+    dtype = advantages.dtype
+    scales = count(inputs, present, config, dtype)
+    share = scales.scale.unsqueeze(1) / scales.denominators
+
+    def full(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().to(dtype)
+
     weights = full(inputs.objective_weights)
     return TokenTable(
-        policy=policy,
-        sequence=sequence,
-        advantages=advantages.index_select(0, sequence).where(applies, 0.0),
-        policy_share=share.where(applies, 0.0),
-        supervised_share=share.where(supervised, 0.0),
-        regulariser_share=(scale / regulariser.clamp(min=1)).where(policy, 0.0),
+        policy=scales.policy,
+        sequence=scales.sequence,
+        advantages=advantages.index_select(0, scales.sequence).where(scales.applies, 0.0),
+        policy_share=share.where(scales.applies, 0.0),
+        supervised_share=share.where(scales.supervised, 0.0),
+        regulariser_share=(scales.scale / scales.regulariser).where(scales.policy, 0.0),
         old=full(inputs.old_logprobs),
         ref=full(inputs.ref_logprobs),
         rollout=full(inputs.rollout_logprobs),
-        weights=(torch.ones_like(denominators) if weights is None else weights) / k,
-        policy_counts=policy_counts,
+        weights=(torch.ones_like(scales.denominators) if weights is None else weights)
+        / present.shape[1],
+        policy_counts=scales.policy_counts,
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recap_fast.ops import chunked, fused_linear_policy_loss, linear_logprobs, rows
+from recap_fast.ops.launch import recording
+from tests.no_sync import DispatchModeInside
 from tests.ops.batches import random_batch
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(DispatchModeInside):
     """Remember the largest number of elements that any operator returned, and count GEMMs."""
 
     def __init__(self) -> None:
@@ -22,7 +24,7 @@ class LargestTensor(TorchDispatchMode):
         self.gemm_flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.call(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
@@ -40,6 +42,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "WEIGHT_ROWS", 300)
 
 
+impls = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+
+@impls
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("options", "gemms"),
@@ -51,16 +57,21 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_and_number_of_gemms(options: dict, gemms: int, dtype: torch.dtype) -> None:
+def test_memory_and_number_of_gemms(
+    impl: str, options: dict, gemms: int, dtype: torch.dtype
+) -> None:
     n, h, v = 70, 8, 1024
     batch = random_batch(n=n, h=h, v=v, **options)
-    with LargestTensor() as seen:
-        batch.run("torch", dtype)
+    # The kernels' own numbers do not matter here, nor does the interpreter's time.
+    record = recording(lambda _: None) if impl == "triton" else nullcontext()
+    with LargestTensor() as seen, record:
+        batch.run(impl, dtype)
     assert seen.elements <= 32 * v
     assert seen.gemm_flops == gemms * 2 * n * h * v
     frozen = batch.tensors["weight"].to(dtype)
-    with LargestTensor() as seen:
-        batch.run("torch", dtype, weight=frozen)
+    record = recording(lambda _: None) if impl == "triton" else nullcontext()
+    with LargestTensor() as seen, record:
+        batch.run(impl, dtype, weight=frozen)
     assert seen.gemm_flops == (gemms - 1) * 2 * n * h * v
 
 
@@ -84,18 +95,27 @@ def test_no_grad_callers_pay_one_gemm() -> None:
     assert seen.gemm_flops == 2 * 30 * 8 * 50
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+    ],
+)
 def test_chunk_size_does_not_change_results(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = random_batch(
         n=70, v=129, bias=True, old=True, ref=True, kl_coef=0.1, entropy_coef=0.1, logit_softcap=5.0
     )
-    whole = batch.run("torch", dtype)
+    whole = batch.run(impl, dtype)
     for chunk, block in ((1, 1), (7, 3), (69, 64)):
         monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk * 129)
         monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", block * 129)
-        parts = batch.run("torch", dtype)
+        parts = batch.run(impl, dtype)
         for name, value in whole.items():
             if dtype == torch.bfloat16:
                 torch.testing.assert_close(parts[name], value, rtol=2e-2, atol=2e-3, msg=name)
@@ -103,11 +123,43 @@ def test_chunk_size_does_not_change_results(
                 torch.testing.assert_close(parts[name], value, msg=name)
 
 
-def test_a_token_gets_the_same_log_prob_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@impls
+def test_a_token_gets_the_same_log_prob_in_any_batch(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 16 * 1024)
     batch = random_batch(n=64, v=1024)
     hidden, weight = batch.tensors["hidden"].float(), batch.tensors["weight"].float()
     targets = batch.tensors["targets"]
-    everything, _ = linear_logprobs(hidden, weight, targets)
-    half, _ = linear_logprobs(hidden[:32], weight, targets[:32])
+    everything, _ = linear_logprobs(hidden, weight, targets, impl=impl)
+    half, _ = linear_logprobs(hidden[:32], weight, targets[:32], impl=impl)
     assert torch.equal(everything[:32], half)
+
+
+@impls
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_gradient_is_added_to_an_existing_one(impl: str, dtype: torch.dtype) -> None:
+    batch = random_batch(n=40, v=1024, entropy_coef=0.1)
+    expected = batch.run(impl, dtype)
+    main_grad = torch.randn(1024, 8)
+    before = main_grad.clone()
+    got = batch.run(impl, dtype, weight=batch.tensors["weight"].to(dtype), weight_grad=main_grad)
+    assert "d_weight" not in got
+    torch.testing.assert_close(got["d_hidden"], expected["d_hidden"])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+    added = (main_grad - before).to(dtype)
+    torch.testing.assert_close(added, expected["d_weight"].to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(8, 1024).t(), "wanted a contiguous tensor"),
+        (torch.zeros(1024, 8).bfloat16(), "weight_grad: wanted dtype float32, got bfloat16"),
+        (torch.zeros(1024, 9), r"weight_grad: wanted shape \[V=1024, H=8\]"),
+    ],
+)
+def test_refuses_gradients_that_cannot_be_added_to(grad: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_batch(n=4, v=1024).run("torch", torch.bfloat16, weight_grad=grad)

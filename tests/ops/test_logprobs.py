@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recap_fast.ops import linear_logprobs, reference, selective_logprobs
+from recap_fast.ops import linear_logprobs, reference, selective_logprobs, triton_rows
+from recap_fast.ops.launch import Launch, recording
 from tests.no_sync import ForbidHostSync
 from tests.ops.batches import distance
+
+impls = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
 def _operands(seed: int, n: int, h: int, v: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,17 +45,19 @@ def _results(
     return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@settings(max_examples=40, deadline=None)
+@impls
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 9999),
-    n=st.integers(0, 50),
+    n=st.integers(0, 20),
     h=st.sampled_from([1, 8, 33]),
     v=st.sampled_from([1, 2, 37, 300]),
     temperature=st.sampled_from([1.0, 0.6]),
     softcap=st.sampled_from([None, 3.0]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_error_is_bounded_by_that_of_eager(
+    impl: str,
     seed: int,
     n: int,
     h: int,
@@ -64,7 +70,7 @@ def test_error_is_bounded_by_that_of_eager(
     options = {"temperature": temperature, "logit_softcap": softcap}
     truth = _results(operands, torch.float64, dtype, "reference", **options)
     eager = _results(operands, dtype, dtype, "reference", **options)
-    ours = _results(operands, dtype, dtype, "torch", **options)
+    ours = _results(operands, dtype, dtype, impl, **options)
     tiny = 1e-6 if dtype == torch.float32 else 2e-3
     for name, o, e, t in zip(
         ("logprobs", "entropy", "hidden", "weight", "bias"), ours, eager, truth, strict=True
@@ -89,18 +95,21 @@ def test_gradcheck_in_float64() -> None:
     )
 
 
-def test_log_probs_of_a_row_worked_out_by_hand() -> None:
+@impls
+def test_log_probs_of_a_row_worked_out_by_hand(impl: str) -> None:
     logits = torch.tensor([[0.0, 2.0 * torch.log(torch.tensor(3.0)).item()]])
     for target, p in ((0, 0.25), (1, 0.75)):
-        logprobs, entropy = selective_logprobs(logits, torch.tensor([target]), temperature=2.0)
+        targets = torch.tensor([target])
+        logprobs, entropy = selective_logprobs(logits, targets, temperature=2.0, impl=impl)
         torch.testing.assert_close(logprobs, torch.tensor([p]).log())
         torch.testing.assert_close(
             entropy, torch.special.entr(torch.tensor([0.25, 0.75])).sum(0, True)
         )
 
 
+@impls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
+def test_extreme_logits_stay_finite(impl: str, dtype: torch.dtype) -> None:
     logits = torch.tensor(
         [
             [1e4, -1e4, 0.0, -float("inf")],
@@ -112,13 +121,97 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
         requires_grad=True,
     )
     targets = torch.tensor([0, 3, 1, 2])
-    logprobs, entropy = selective_logprobs(logits, targets)
+    logprobs, entropy = selective_logprobs(logits, targets, impl=impl)
     expected = reference.selective_logprobs(logits.detach(), targets)
     torch.testing.assert_close(logprobs, expected[0])
     torch.testing.assert_close(entropy, expected[1])
     (gradient,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), logits)
     assert gradient.isfinite().all()
-    assert selective_logprobs(logits, torch.tensor([3, 0, 0, 0]))[0].isneginf()[:2].all()
+    forbidden = torch.tensor([3, 0, 0, 0])
+    assert selective_logprobs(logits, forbidden, impl=impl)[0].isneginf()[:2].all()
+
+
+@impls
+def test_nan_logits_are_not_hidden(impl: str) -> None:
+    logits = torch.randn(3, 70)
+    logits[1, 60] = float("nan")
+    logprobs, entropy = selective_logprobs(logits, torch.tensor([0, 1, 2]), impl=impl)
+    assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
+@impls
+def test_blocks_of_nothing_but_minus_infinity(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use_blocks(monkeypatch, 16)
+    logits = torch.full((2, 70), -float("inf"))
+    logits[0, 40:45] = torch.randn(5)
+    logits[1, :3] = torch.randn(3)
+    logits.requires_grad_()
+    targets = torch.tensor([42, 1])
+    ours = selective_logprobs(logits, targets, impl=impl)
+    expected = reference.selective_logprobs(logits.detach(), targets)
+    torch.testing.assert_close(ours, expected)
+    (gradient,) = torch.autograd.grad(ours[0].sum() + ours[1].sum(), logits)
+    assert gradient.isfinite().all()
+
+
+def _use_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    launches = {size: triton_rows.RowLaunch(columns, 4) for size in (2, 4)}
+    monkeypatch.setattr(triton_rows, "LAUNCHES", launches)
+
+
+@pytest.mark.parametrize("columns", [16, 32, 128])
+def test_block_size_changes_rounding_only(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 101, requires_grad=True)
+    targets = torch.tensor([0, 100, 15, 16, -100])
+
+    def run() -> list[Tensor]:
+        outputs = selective_logprobs(logits, targets, temperature=0.7, impl="triton")
+        return [*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), logits)]
+
+    expected = run()
+    _use_blocks(monkeypatch, columns)
+    torch.testing.assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
+def test_softcap_is_as_exact_as_torch(cap: float) -> None:
+    hidden = torch.linspace(-60, 60, 301)[:, None] / 8
+    weight = torch.tensor([[1.0], [-0.3], [8.0], [0.01]])
+    targets = torch.arange(301) % 4
+    errors = []
+    truth = reference.linear_logprobs(hidden.double(), weight.double(), targets, softcap=cap)
+    for impl in ("reference", "triton"):
+        got = linear_logprobs(hidden, weight, targets, logit_softcap=cap, impl=impl)
+        errors.append([distance(g, t) for g, t in zip(got, truth, strict=True)])
+    for eager, ours in zip(*errors, strict=True):
+        assert ours <= 1.5 * eager + 1e-8
+
+
+@impls
+def test_strided_logits_are_read_in_place(impl: str) -> None:
+    whole = torch.randn(7, 90)
+    targets = torch.randint(0, 40, (7,))
+    for view in (
+        whole[:, 11:51],
+        whole[:, ::2][:, :40],
+        whole[:, :40].flip(0),
+        whole[0].expand(7, 90)[:, :40],
+    ):
+        expected = reference.selective_logprobs(view, targets)
+        torch.testing.assert_close(selective_logprobs(view, targets, impl=impl), expected)
+
+
+def test_row_offsets_pass_two_to_the_31() -> None:
+    launches: list[Launch] = []
+    logits = torch.empty(3, device="meta").as_strided((1 << 20, 4096), (4096, 1))
+    targets = torch.zeros(1 << 20, dtype=torch.int64, device="meta")
+    statistics = torch.empty(1 << 20, device="meta")
+    with recording(launches.append):
+        triton_rows.logprobs_rows(logits, targets, statistics, statistics, temperature=1.0)
+    (launch,) = launches
+    assert launch.grid == (1 << 20,)  # x alone: y and z end at 65,535
+    source = inspect.getsource(launch.kernel.fn)
+    assert "tl.program_id(0).to(tl.int64)" in source
 
 
 def test_selective_leaves_the_logits_alone_and_agrees_with_the_oracle() -> None:
@@ -137,35 +230,40 @@ def test_selective_leaves_the_logits_alone_and_agrees_with_the_oracle() -> None:
     assert torch.equal(logits.detach(), before)
 
 
-def test_ignored_targets_give_zero_and_no_gradient() -> None:
+@impls
+def test_ignored_targets_give_zero_and_no_gradient(impl: str) -> None:
     hidden, weight, _, targets = _operands(1, 12, 5, 20)
-    hidden.requires_grad_()
-    logprobs, entropy = linear_logprobs(hidden, weight, targets)
+    hidden, weight = hidden.float().requires_grad_(), weight.float()
+    logprobs, entropy = linear_logprobs(hidden, weight, targets, impl=impl)
     ignored = targets == -100
-    assert torch.equal(logprobs[ignored], torch.zeros(3, dtype=torch.float64))
-    assert torch.equal(entropy[ignored], torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(logprobs[ignored], torch.zeros(3))
+    assert torch.equal(entropy[ignored], torch.zeros(3))
     (logprobs.sum() + entropy.sum()).backward()
-    assert torch.equal(hidden.grad[ignored], torch.zeros(3, 5, dtype=torch.float64))
+    assert torch.equal(hidden.grad[ignored], torch.zeros(3, 5))
     assert hidden.grad[~ignored].abs().sum() > 0
 
 
-def test_only_one_output_used() -> None:
+@impls
+def test_only_one_output_used(impl: str) -> None:
     hidden, weight, _, targets = _operands(2, 12, 5, 20)
+    hidden, weight = hidden.float(), weight.float()
     for which in (0, 1):
         leaf = hidden.clone().requires_grad_()
-        linear_logprobs(leaf, weight, targets)[which].sum().backward()
+        linear_logprobs(leaf, weight, targets, impl=impl)[which].sum().backward()
         expected = hidden.clone().requires_grad_()
         reference.linear_logprobs(expected, weight, targets)[which].sum().backward()
         torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-def test_strided_hidden() -> None:
+@impls
+def test_strided_hidden(impl: str) -> None:
     hidden, weight, _, targets = _operands(3, 24, 6, 20)
-    padded = torch.full((24, 9), float("nan"), dtype=torch.float64)
+    hidden, weight = hidden.float(), weight.float()
+    padded = torch.full((24, 9), float("nan"))
     padded[:, 2:8] = hidden
     for strided, rows in ((padded[:, 2:8], targets), (padded[::2, 2:8], targets[::2])):
         leaf = strided.detach().requires_grad_()
-        logprobs, _ = linear_logprobs(leaf, weight, rows)
+        logprobs, _ = linear_logprobs(leaf, weight, rows, impl=impl)
         expected, _ = reference.linear_logprobs(strided, weight, rows)
         torch.testing.assert_close(logprobs, expected)
         logprobs.sum().backward()
@@ -187,7 +285,8 @@ def test_no_host_sync_and_double_backward_refused() -> None:
     ("change", "message"),
     [
         ({"hidden": torch.zeros(2, 3, 4)}, r"hidden: wanted shape \[N, H\], got \[2, 3, 4\]"),
-        ({"hidden": torch.zeros(3, 4).half()}, "hidden: wanted dtype .*got float16"),
+        ({"hidden": torch.zeros(3, 4).int()}, "hidden: wanted dtype .*got int32"),
+        ({"impl": "triton", "hidden": torch.zeros(3, 4).double()}, "the operands are float64"),
         ({"weight": torch.zeros(9, 5)}, r"weight: wanted shape \[V, H=4\], got \[9, 5\]"),
         ({"weight": torch.zeros(0, 4)}, "weight: wanted at least one vocabulary row"),
         ({"targets": torch.zeros(3).int()}, "targets: wanted dtype int64, got int32"),
@@ -207,9 +306,3 @@ def test_refuses_bad_arguments(change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**(arguments | change))
-
-
-def test_triton_is_refused_by_name() -> None:
-    hidden, weight, _, targets = _operands(0, 3, 4, 9)
-    with pytest.raises(NotImplementedError, match='impl="triton" is not available'):
-        linear_logprobs(hidden, weight, targets, impl="triton")

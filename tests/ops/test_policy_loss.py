@@ -13,17 +13,25 @@ from recap_fast.ops import (
     fused_linear_policy_loss,
     group_advantages,
 )
+from recap_fast.ops.launch import recording
 from tests.no_sync import ForbidHostSync
 from tests.ops.batches import Batch, batches, distance, outputs, random_batch
 
 SUMS = ("loss", "objective_losses")
+both = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
-def _assert_as_exact_as_eager(batch: Batch, dtype: torch.dtype, tiny: float) -> None:
+def _assert_as_exact_as_eager(batch: Batch, dtype: torch.dtype, tiny: float, impl: str) -> None:
     truth = batch.run("reference", torch.float64, rounded=dtype)
     eager = batch.run("reference", dtype)
-    with ForbidHostSync():
-        ours = batch.run("torch", dtype)
+    if impl == "torch":
+        with ForbidHostSync():
+            ours = batch.run(impl, dtype)
+    else:
+        # The interpreter reads its operands on the host, so launches are only recorded there.
+        with ForbidHostSync(), recording(lambda _: None):
+            batch.run(impl, dtype)
+        ours = batch.run(impl, dtype)
     assert ours.keys() == eager.keys()
     for name, exact in truth.items():
         assert ours[name].dtype == eager[name].dtype, name
@@ -44,30 +52,34 @@ def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-9, msg=name)
 
 
-@settings(max_examples=40, deadline=None)
-@given(batches(), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_error_is_bounded_by_that_of_eager(batch: Batch, dtype: torch.dtype) -> None:
+@both
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_error_is_bounded_by_that_of_eager(impl: str, batch: Batch, dtype: torch.dtype) -> None:
     # On a handful of numbers rounding is a lottery, so a rounding error is allowed on top.
     coarse = torch.bfloat16 in (dtype, getattr(torch, batch.config.logits_dtype))
-    _assert_as_exact_as_eager(batch, dtype, tiny=4e-3 if coarse else 2e-6)
+    tiny = 4e-3 if coarse else 5e-4 if dtype == torch.float16 else 2e-6
+    _assert_as_exact_as_eager(batch, dtype, tiny, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("off_policy", [False, True])
+@both
 def test_error_is_bounded_by_that_of_eager_on_many_tokens(
-    dtype: torch.dtype, off_policy: bool, monkeypatch: pytest.MonkeyPatch
+    impl: str, dtype: torch.dtype, off_policy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 64 * 1500)
     extra = {"old": True, "ref": True, "kl_coef": 0.1, "entropy_coef": 0.05} if off_policy else {}
     batch = random_batch(n=256, h=64, v=1500, s=16, bias=True, **extra)
-    _assert_as_exact_as_eager(batch, dtype, tiny=1e-7)
+    _assert_as_exact_as_eager(batch, dtype, 1e-7, impl)
 
 
+@both
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "bias"])
-def test_frozen_operands(frozen: str) -> None:
+def test_frozen_operands(impl: str, frozen: str) -> None:
     batch = random_batch(bias=True, entropy_coef=0.1)
-    full = batch.run("torch", torch.float32)
-    ours = batch.run("torch", torch.float32, **{frozen: batch.tensors[frozen].float()})
+    full = batch.run(impl, torch.float32)
+    ours = batch.run(impl, torch.float32, **{frozen: batch.tensors[frozen].float()})
     assert f"d_{frozen}" not in ours
     for name, value in ours.items():
         torch.testing.assert_close(value, full[name])
@@ -77,23 +89,28 @@ def test_tied_head() -> None:
     batch = random_batch(v=37, h=8)
     tokens = torch.randint(0, 37, (40,))
     gradients = []
-    for impl in ("reference", "torch"):
-        embedding = batch.tensors["weight"].clone().requires_grad_()
+    for impl in ("reference", "torch", "triton"):
+        tensors = batch.tensors
+        if impl == "triton":
+            tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        embedding = tensors["weight"].clone().requires_grad_()
         hidden = torch.nn.functional.embedding(tokens, embedding).tanh()
-        arguments = batch.tensors | {"hidden": hidden, "weight": embedding}
+        arguments = tensors | {"hidden": hidden, "weight": embedding}
         fused_linear_policy_loss(**arguments, config=batch.config, impl=impl).loss.backward()
         gradients.append(embedding.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2].double(), gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
-def test_master_weights_meet_hidden_in_its_dtype(hidden_dtype: torch.dtype) -> None:
+def test_master_weights_meet_hidden_in_its_dtype(impl: str, hidden_dtype: torch.dtype) -> None:
     other = torch.float32 if hidden_dtype == torch.bfloat16 else torch.bfloat16
     batch = random_batch(n=64, bias=True)
     hidden = batch.tensors["hidden"].to(hidden_dtype).requires_grad_()
     weight = batch.tensors["weight"].to(other).requires_grad_()
     bias = batch.tensors["bias"].to(other).requires_grad_()
-    mixed = batch.run("torch", torch.float32, hidden=hidden, weight=weight, bias=bias)
+    mixed = batch.run(impl, torch.float32, hidden=hidden, weight=weight, bias=bias)
     assert mixed["d_hidden"].dtype == hidden_dtype
     assert mixed["d_weight"].dtype == mixed["d_bias"].dtype == other
     same = {
@@ -101,17 +118,20 @@ def test_master_weights_meet_hidden_in_its_dtype(hidden_dtype: torch.dtype) -> N
         "weight": weight.detach().to(hidden_dtype).requires_grad_(),
         "bias": bias.detach().to(hidden_dtype).requires_grad_(),
     }
-    pure = batch.run("torch", torch.float32, **same)
+    pure = batch.run(impl, torch.float32, **same)
     assert torch.equal(mixed["d_hidden"], pure["d_hidden"])
     torch.testing.assert_close(mixed["d_weight"].bfloat16(), pure["d_weight"].bfloat16())
 
 
+@both
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-def test_on_policy_equals_old_being_the_log_probs(loss_type: Any, ratio_level: Any) -> None:
+def test_on_policy_equals_old_being_the_log_probs(
+    impl: str, loss_type: Any, ratio_level: Any
+) -> None:
     batch = random_batch(loss_type=loss_type, ratio_level=ratio_level, rollout=True)
-    on_policy = batch.run("torch", torch.float32)
-    old = batch.run("torch", torch.float32, old_logprobs=on_policy["logprobs"])
+    on_policy = batch.run(impl, torch.float32)
+    old = batch.run(impl, torch.float32, old_logprobs=on_policy["logprobs"])
     for name, value in on_policy.items():
         torch.testing.assert_close(old[name], value)
 
@@ -167,21 +187,22 @@ def test_micro_batches_with_global_denominators_sum_to_the_batch(
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
 
-def test_rewards_become_group_advantages() -> None:
+@both
+def test_rewards_become_group_advantages(impl: str) -> None:
     batch = random_batch(rewards=True, s=9)
     expected = group_advantages(batch.tensors["rewards"].float(), batch.tensors["group_ids"])
-    got = batch.run("torch", torch.float32)
+    got = batch.run(impl, torch.float32)
     assert torch.equal(got["advantages"], expected)
     absent = batch.tensors["rewards"].isnan()
     tensors = dict(batch.tensors)
     del tensors["rewards"], tensors["group_ids"]
     tensors["advantages"] = expected.double().masked_fill(absent, float("nan"))
-    again = Batch(tensors, batch.config).run("torch", torch.float32)
+    again = Batch(tensors, batch.config).run(impl, torch.float32)
     torch.testing.assert_close(again["d_hidden"], got["d_hidden"])
 
 
 @pytest.mark.parametrize("case", ["empty", "all ignored", "all absent"])
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 def test_batches_without_a_signal_give_zero(case: str, impl: str) -> None:
     batch = random_batch(n=0 if case == "empty" else 20, bias=True, supervised=False)
     if case == "all ignored":
@@ -194,91 +215,98 @@ def test_batches_without_a_signal_give_zero(case: str, impl: str) -> None:
         assert torch.equal(got[name], torch.zeros_like(got[name])), name
 
 
-def test_ignored_tokens_may_carry_anything() -> None:
+@both
+def test_ignored_tokens_may_carry_anything(impl: str) -> None:
     batch = random_batch(old=True, ref=True, rollout=True, kl_coef=0.1)
-    expected = batch.run("torch", torch.float32)
+    expected = batch.run(impl, torch.float32)
     ignored = batch.tensors["targets"] == -100
     for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
         batch.tensors[name][ignored | (batch.tensors["token_objectives"] >= 0)] = float("nan")
-    got = batch.run("torch", torch.float32)
+    got = batch.run(impl, torch.float32)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
     rows = torch.zeros(int(ignored.sum()), 8)
     assert torch.equal(got["d_hidden"][ignored], rows)
 
 
-def test_extreme_logits_give_no_nan() -> None:
+@both
+def test_extreme_logits_give_no_nan(impl: str) -> None:
     batch = random_batch(n=30, old=True, ref=True, kl_coef=0.1, entropy_coef=0.1, bias=True)
     batch.tensors["hidden"] *= 3e3
     batch.tensors["bias"][3:6] = -float("inf")
     targets = batch.tensors["targets"]
     targets[(targets >= 3) & (targets < 6)] = 0
     for dtype in (torch.float32, torch.bfloat16):
-        got = batch.run("torch", dtype)
+        got = batch.run(impl, dtype)
         for name, value in got.items():
             assert not value.isnan().any(), name
 
 
+@both
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
-def test_a_forbidden_target_does_not_poison_the_batch(loss_type: Any) -> None:
+def test_a_forbidden_target_does_not_poison_the_batch(impl: str, loss_type: Any) -> None:
     batch = random_batch(n=12, supervised=False, bias=True, loss_type=loss_type, s=1)
     batch.tensors["sequence_ids"].fill_(0)
     batch.tensors["targets"].fill_(2)
     batch.tensors["targets"][0] = 3
     batch.tensors["bias"][3] = -float("inf")
     batch.tensors["advantages"].fill_(0.0)
-    got = batch.run("torch", torch.float32)
+    got = batch.run(impl, torch.float32)
     assert got["logprobs"][0] == -float("inf")
     assert got["loss"] == 0
     assert torch.equal(got["d_hidden"], torch.zeros(12, 8))
 
 
-def test_only_loss_is_differentiable_and_no_grad_callers_get_plain_tensors() -> None:
+@both
+def test_only_loss_is_differentiable_and_no_grad_callers_get_plain_tensors(impl: str) -> None:
     batch = random_batch(ref=True)
     arguments = batch.tensors | {"hidden": batch.tensors["hidden"].float().requires_grad_()}
     arguments = {
         k: v.float() if v.is_floating_point() and k != "hidden" else v for k, v in arguments.items()
     }
-    output = fused_linear_policy_loss(**arguments)
+    output = fused_linear_policy_loss(**arguments, impl=impl)
     assert output.loss.requires_grad
     others = [output.objective_losses, output.logprobs, output.entropy, output.kl]
     assert not any(value.requires_grad for value in others)
     with torch.no_grad():
-        quiet = fused_linear_policy_loss(**arguments)
+        quiet = fused_linear_policy_loss(**arguments, impl=impl)
     assert not quiet.loss.requires_grad
     for name, value in outputs(quiet).items():
         torch.testing.assert_close(value, outputs(output)[name])
 
 
-def test_grad_output_repeated_backward_and_double_backward() -> None:
+@both
+def test_grad_output_repeated_backward_and_double_backward(impl: str) -> None:
     batch = random_batch()
     hidden = batch.tensors["hidden"].float().requires_grad_()
     arguments = {k: v.float() if v.is_floating_point() else v for k, v in batch.tensors.items()} | {
         "hidden": hidden
     }
-    loss = fused_linear_policy_loss(**arguments).loss
+    loss = fused_linear_policy_loss(**arguments, impl=impl).loss
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (again,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     with ForbidHostSync():
         (tripled,) = torch.autograd.grad(3 * loss, hidden)
     torch.testing.assert_close(again, first)
     torch.testing.assert_close(tripled, 3 * first)
-    loss = fused_linear_policy_loss(**arguments).loss
+    loss = fused_linear_policy_loss(**arguments, impl=impl).loss
     with pytest.raises(RuntimeError, match="fused_linear_policy_loss has no double backward"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_under_autocast() -> None:
+@both
+def test_under_autocast(impl: str) -> None:
     batch = random_batch()
-    plain = batch.run("torch", torch.float32)
+    plain = batch.run(impl, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = batch.run("torch", torch.float32)
+        got = batch.run(impl, torch.float32)
     torch.testing.assert_close(got["d_weight"], plain["d_weight"])
 
 
-def test_results_repeat_bit_for_bit() -> None:
+@both
+def test_results_repeat_bit_for_bit(impl: str) -> None:
     batch = random_batch(rewards=True)
-    first, second = (batch.run("torch", torch.float32) for _ in range(2))
+    first, second = (batch.run(impl, torch.float32) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(second[name], value), name
 
@@ -317,9 +345,13 @@ def test_refuses_bad_arguments(change: dict[str, Any], message: str) -> None:
         fused_linear_policy_loss(**(arguments | change))
 
 
-def test_triton_is_refused_by_name() -> None:
-    with pytest.raises(NotImplementedError, match='impl="triton" is not available'):
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="compute in float32, and the operands are float64"):
+        random_batch().run("triton", torch.float64)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with pytest.raises(ValueError, match="run on CUDA, and the tensors are on cpu"):
         random_batch().run("triton", torch.float32)
+    random_batch().run("auto", torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,68 @@
+"""Log-prob and entropy of each row of logits, and their gradient. One program per row.
+
+Shapes: C rows, V columns.
+"""
+
+import triton
+import triton.language as tl
+
+from recap_fast.kernels.softmax import row_statistics, store_gradient, store_zeros
+
+IGNORED_TARGET = tl.constexpr(-100)
+
+
+@triton.jit
+def logprobs_kernel(
+    logits_ptr,  # [C, V], rows `logits_stride` apart
+    logits_stride,
+    targets_ptr,  # [C] int64
+    logprobs_ptr,  # [C] float32
+    entropy_ptr,  # [C] float32
+    gradient_ptr,  # [C, V] or None: statistics only. May be the logits.
+    gradient_stride,
+    by_logprob_ptr,  # [C] float32 or None: 0
+    by_entropy_ptr,  # [C] float32 or None: 0
+    size,  # V
+    softcap,
+    inverse_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """With a gradient, both gradients' factors come from outside: backward passes."""
+    row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
+    row_ptr = logits_ptr + row * logits_stride
+    target = tl.load(targets_ptr + row)
+    if target == IGNORED_TARGET:
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        if gradient_ptr is not None:
+            store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
+    else:
+        peak, log_mass, shifted, entropy = row_statistics(
+            row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V
+        )
+        tl.store(logprobs_ptr + row, shifted - log_mass)
+        tl.store(entropy_ptr + row, entropy)
+        if gradient_ptr is not None:
+            by_logprob = 0.0
+            by_entropy = 0.0
+            if by_logprob_ptr is not None:
+                by_logprob = tl.load(by_logprob_ptr + row)
+            if by_entropy_ptr is not None:
+                by_entropy = tl.load(by_entropy_ptr + row)
+            store_gradient(
+                row_ptr,
+                gradient_ptr + row * gradient_stride,
+                target,
+                by_logprob,
+                by_entropy,
+                peak,
+                log_mass,
+                entropy,
+                size,
+                softcap,
+                inverse_temperature,
+                HAS_SOFTCAP,
+                by_entropy_ptr is not None,
+                BLOCK_V,
+            )

@@ -1,0 +1,210 @@
+"""Launches the row kernels: `kernels/logprobs.py` and `kernels/policy_loss.py`.
+
+Shapes: C rows of a chunk, N tokens, V vocabulary, S sequences, K objectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recap_fast.kernels.logprobs import logprobs_kernel
+from recap_fast.kernels.policy_loss import APPLIES, CLIPPED, policy_loss_kernel
+from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.ops.arguments import LossArguments
+from recap_fast.ops.chunked import Head, Swept
+from recap_fast.ops.launch import launch
+from recap_fast.ops.rows import RowGradient
+from recap_fast.ops.tokens import TokenScales
+
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+BLOCK_SEQUENCES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RowLaunch:
+    """How a row kernel runs: columns of a block, warps of a program."""
+
+    block: int
+    warps: int
+
+
+# Static, so that a shape never meets an untuned first call and nothing is tuned on live buffers.
+# 16 bytes a lane and load: 8 half or 4 float32 elements times 32 lanes times the warps, twice.
+LAUNCHES = {2: RowLaunch(block=4096, warps=8), 4: RowLaunch(block=2048, warps=8)}
+"""By the bytes of a logit. Not yet tuned on a GPU."""
+
+
+def row_launch(logits: Tensor) -> RowLaunch:
+    """The configuration for rows of logits [C, V]; smaller blocks for small vocabularies."""
+    chosen = LAUNCHES[logits.element_size()]
+    columns = next_power_of_2(logits.shape[1])
+    return chosen if columns >= chosen.block else RowLaunch(max(columns, 16), min(chosen.warps, 4))
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def logprobs_rows(
+    logits: Tensor,
+    targets: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None = None,
+    gradient: Tensor | None = None,
+    by_logprob: Tensor | None = None,
+    by_entropy: Tensor | None = None,
+) -> None:
+    """Fill logprobs [C] and entropy [C] from logits [C, V] with contiguous rows.
+
+    With `gradient` [C, V], which may be the logits, also by_logprob * d logprob + by_entropy * d H.
+    """
+    how = row_launch(logits)
+    launch(
+        logprobs_kernel,
+        (logits.shape[0],),
+        logits.device,
+        logits_ptr=logits,
+        logits_stride=logits.stride(0),
+        targets_ptr=targets.contiguous(),
+        logprobs_ptr=logprobs,
+        entropy_ptr=entropy,
+        gradient_ptr=gradient,
+        gradient_stride=0 if gradient is None else gradient.stride(0),
+        by_logprob_ptr=None if by_logprob is None else by_logprob.contiguous(),
+        by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
+        size=logits.shape[1],
+        softcap=softcap or 1.0,
+        inverse_temperature=1.0 / temperature,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_V=how.block,
+        num_warps=how.warps,
+    )
+
+
+class LogprobsRows:
+    """`HeadStage` whose gradient's factors are known beforehand."""
+
+    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None:
+        self._head = head
+        self._row_gradient = row_gradient
+
+    def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
+        logprobs, entropy = result.logprobs[rows], result.entropy[rows]
+        by_logprob = by_entropy = None
+        if gradient is not None:
+            assert self._row_gradient is not None
+            by_logprob, by_entropy = self._row_gradient(rows, logprobs, entropy)
+        logprobs_rows(
+            logits,
+            self._head.targets[rows],
+            logprobs,
+            entropy,
+            temperature=self._head.temperature,
+            softcap=self._head.softcap,
+            gradient=gradient,
+            by_logprob=by_logprob,
+            by_entropy=by_entropy,
+        )
+
+
+class PolicyRows:
+    """`RowStage` that also computes the loss, token by token, and keeps its terms.
+
+    Args:
+        table: [S, K] float32: rewards where `arguments.group_ids` turn them into advantages, else
+            advantages. NaN where absent.
+    """
+
+    def __init__(
+        self, arguments: LossArguments, table: Tensor, scales: TokenScales, config: PolicyLossConfig
+    ) -> None:
+        n, k = arguments.targets.shape[0], table.shape[1]
+        self._arguments = arguments
+        self._table = table.contiguous()
+        self._scales = scales
+        self._config = config
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=table.device)
+
+        has_kl = arguments.ref_logprobs is not None
+        self.kl = new(n) if has_kl else None
+        self.penalty = new(n) if has_kl or config.entropy_coef != 0 else None
+        self._terms = new(n, k)
+        self._applied = new(n, k, dtype=torch.int8)
+
+    def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
+        a, c = self._arguments, self._config
+        how = row_launch(logits)
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows].contiguous()
+
+        def part32(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows].float().contiguous()
+
+        launch(
+            policy_loss_kernel,
+            (logits.shape[0],),
+            logits.device,
+            logits_ptr=logits,
+            logits_stride=logits.stride(0),
+            gradient_ptr=gradient,
+            gradient_stride=0 if gradient is None else gradient.stride(0),
+            targets_ptr=part(a.targets),
+            sequence_ids_ptr=part(a.sequence_ids),
+            token_objectives_ptr=part(a.token_objectives),
+            scale_ptr=part(self._scales.scale),
+            table_ptr=self._table,
+            group_ids_ptr=None
+            if a.group_ids is None or a.rewards is None
+            else a.group_ids.contiguous(),
+            denominators_ptr=self._scales.denominators,
+            regulariser_ptr=self._scales.regulariser,
+            weights_ptr=_float32(a.objective_weights),
+            old_ptr=part32(a.old_logprobs),
+            ref_ptr=part32(a.ref_logprobs),
+            rollout_ptr=None if c.rollout_is_cap is None else part32(a.rollout_logprobs),
+            logprobs_ptr=result.logprobs[rows],
+            entropy_ptr=result.entropy[rows],
+            kl_ptr=part(self.kl),
+            penalty_ptr=part(self.penalty),
+            terms_ptr=self._terms[rows],
+            applied_ptr=self._applied[rows],
+            size=logits.shape[1],
+            num_sequences=self._table.shape[0],
+            num_objectives=self._table.shape[1],
+            softcap=c.logit_softcap or 1.0,
+            inverse_temperature=1.0 / c.temperature,
+            lower=1.0 - c.clip_low,
+            upper=1.0 + c.clip_high,
+            unclipped_bound=float("inf") if c.clip_delta is None else c.clip_delta,
+            rollout_cap=0.0 if c.rollout_is_cap is None else c.rollout_is_cap,
+            kl_coef=c.kl_coef,
+            entropy_coef=c.entropy_coef,
+            CISPO=c.loss_type == "cispo",
+            KL_ESTIMATOR=KL_ESTIMATORS[c.kl_estimator],
+            HAS_ENTROPY=c.entropy_coef != 0,
+            HAS_SOFTCAP=c.logit_softcap is not None,
+            BLOCK_V=how.block,
+            BLOCK_S=BLOCK_SEQUENCES,
+            BLOCK_K=next_power_of_2(self._table.shape[1]),
+            num_warps=how.warps,
+        )
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """L_k [K] and the share of its policy tokens for which the clip decides [K]."""
+        applies = (self._applied >= APPLIES.value).sum(0).clamp(min=1)
+        clipped = (self._applied == CLIPPED.value).sum(0)
+        # Sums in a fixed order, so that runs are equal to the bit.
+        return -self._terms.sum(0), clipped / applies
+
+
+def _float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().float().contiguous()
