@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recap_fast.kernels.policy_loss import policy_loss_kernel
 from recap_fast.ops import (
     PolicyLossConfig,
     chunked,
@@ -371,3 +374,58 @@ def test_agrees_with_the_oracle_on_cuda(dtype: torch.dtype, logits_dtype: Any) -
     for name in ("logprobs", "d_hidden", "d_weight", "d_bias"):
         bound = 1.5 * distance(eager[name], truth[name]) + 1e-5
         assert distance(ours[name], truth[name]) <= bound, name
+
+
+@both
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+def test_extreme_ratios(impl: str, loss_type: Any) -> None:
+    batch = random_batch(
+        n=40, supervised=False, old=True, ref=True, rollout=True, kl_coef=0.1, loss_type=loss_type
+    )
+    far = torch.tensor([0.0, 19.0, 21.0, -19.0, -21.0, 90.0, -90.0, 1e4]).double()
+    far = far.repeat(5)
+    for name, sign in (("old_logprobs", 1), ("ref_logprobs", -1), ("rollout_logprobs", 1)):
+        batch.tensors[name] += sign * far.roll(sign)
+    expected = batch.run("reference", torch.float64)
+    got = batch.run(impl, torch.float32)
+    for name, value in expected.items():
+        assert got[name].isfinite().all(), name
+        size = distance(value, torch.zeros_like(value))  # gradients reach exp(20)
+        assert distance(got[name], value) <= 1e-4 * size + 1e-7, name
+
+
+@both
+def test_groups_of_128_and_of_one_with_32_objectives(impl: str) -> None:
+    batch = random_batch(n=30, s=140, k=32, rewards=True)
+    groups = torch.cat([torch.full((128,), 7), torch.arange(100, 112)])
+    batch.tensors["group_ids"] = groups[torch.randperm(140)]
+    batch.tensors["sequence_ids"] = torch.randint(0, 140, (30,), dtype=torch.int32)
+    expected = batch.run("reference", torch.float64)
+    got = batch.run(impl, torch.float32)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_equal_rewards_give_no_gradient_at_all() -> None:
+    # 0.1 has no exact mean in float32: a wrong rounding would be divided by a std of 1e-8.
+    batch = random_batch(n=30, s=6, rewards=True, supervised=False)
+    batch.tensors["rewards"].fill_(0.1)
+    got = batch.run("triton", torch.float32)
+    assert torch.equal(got["advantages"], torch.zeros(6, 3))
+    assert torch.equal(got["d_hidden"], torch.zeros(30, 8))
+
+
+def test_what_varies_from_step_to_step_compiles_once() -> None:
+    parameters = inspect.signature(policy_loss_kernel.fn).parameters
+    fixed = {name for name, p in parameters.items() if "constexpr" in str(p.annotation)}
+    varying = {
+        "size", "num_sequences", "num_objectives", "inverse_temperature", "lower", "upper",
+        "unclipped_bound", "rollout_cap", "kl_coef", "entropy_coef", "softcap",
+    }  # fmt: skip
+    assert varying <= set(parameters) - fixed
+    assert all(name.isupper() for name in fixed)
+
+
+def test_kernels_have_no_atomics() -> None:
+    for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
+        assert "atomic" not in path.read_text(), path
