@@ -67,8 +67,8 @@ def run_suites(
     status = subprocess.call(
         [
             sys.executable, "-m", "pytest", *(str(known[name]) for name in names or known),
-            *options, f"--command={command}", f"--benchmark-json={results}",
-            "--benchmark-quiet", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+            *options, f"--command={command}", f"--benchmark-json={results}", "--benchmark-quiet",
+            "-q", "--disable-warnings", "-p", "no:cacheprovider", f"--rootdir={ROOT}",
         ],
         cwd=ROOT,
     )  # fmt: skip

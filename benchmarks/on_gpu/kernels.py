@@ -1,0 +1,40 @@
+"""The kernel suites with whatever peers are installed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.on_gpu.run import Context
+from recap_fast.bench import RESULTS, run_suites
+
+SUITES = ("policy_loss", "logprobs", "reweighter", "advantages")
+DEADLINE = 480.0
+"""Seconds after which no measurement starts: results so far are better than none."""
+
+
+def run(context: Context) -> dict[str, Any]:
+    """The median of each measurement in milliseconds, and how many were left out.
+
+    Raises:
+        RuntimeError: an implementation of ours failed or gave a wrong result.
+    """
+    status = run_suites(
+        ("policy_loss", "reweighter") if context.rehearse else SUITES,
+        shapes=context.shapes,
+        # A rehearsal leaves out what takes seconds to compile or import.
+        keyword="not compile and not TRL" if context.rehearse else None,
+        rounds=2 if context.rehearse else 5,
+        deadline=DEADLINE,
+        output=context.work / "kernels",
+    )
+    record = json.loads((context.work / "kernels" / RESULTS).read_text())
+    found: dict[str, dict[str, float]] = {}
+    for benchmark in record["benchmarks"]:
+        extra = benchmark["extra_info"]
+        group = found.setdefault(f"{extra['suite']} {extra['size']}", {})
+        group[extra["implementation"]] = benchmark["stats"]["median"] * 1e3
+    failed = [entry for entry in record["not_measured"] if entry["failed"]]
+    if status != 0:
+        raise RuntimeError(f"benchmarks failed: {failed}; measured: {found}")
+    return {"milliseconds": found, "not_measured": len(record["not_measured"])}

@@ -1,0 +1,52 @@
+"""A whole optimizer step on random weights: packed through recap-fast, padded through TRL."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.training_step import WORKLOADS, Workload, model_flops, recap_step, trl_step
+
+TRL: dict[str, Callable[[Workload], int]] = {
+    "TRL, all at once": lambda workload: workload.rollouts,
+    "TRL, group by group": lambda workload: workload.group,
+    "TRL, one by one": lambda workload: 1,
+}
+"""Rollouts in one forward pass."""
+
+
+@pytest.mark.parametrize("implementation", ["recap-fast", *TRL])
+def test_training_step(
+    implementation: str,
+    benchmark: Any,
+    device: torch.device,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    workload: Workload = WORKLOADS[request.config.getoption("--shapes")]
+    step, update, model = recap_step(workload, device)
+    flops = model_flops(workload, update)
+    if implementation in TRL:
+        pytest.importorskip("trl")
+        del step, model
+        gc.collect()
+        micro_batch = TRL[implementation](workload)
+        step = trl_step(workload, device, str(tmp_path), micro_batch)
+    size = f"{workload.name}, {workload.rollouts} rollouts x {workload.completion_tokens}"
+    benchmark.group = f"training_step {size}"
+    rounds = max(2, request.config.getoption("--rounds") // 2)
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
+    seconds = benchmark.stats.stats.median
+    tokens = workload.rollouts * workload.completion_tokens
+    benchmark.extra_info.update(
+        suite="training_step",
+        implementation=implementation,
+        size=size,
+        tflops=flops / seconds / 1e12,
+        more={"completion tokens/s": tokens / seconds},
+    )

@@ -1,0 +1,257 @@
+"""A whole GRPO training step on random weights of a given shape, through recap-fast and TRL.
+
+The work: G prompts x R rollouts, each a prompt of P and a completion of C random tokens, random
+advantages, one AdamW update. Float32 master weights, bfloat16 compute, in both trainers.
+
+FLOPs are counted, not estimated: with T packed tokens and N predicted tokens,
+
+    forward   = 2 T W + 4 L A sum_t keys(t)     W: parameters of the linear layers but the head
+                                                L layers, A = heads * head size
+    model     = 3 forward + 6 N H V             backward is twice forward; the head has 3 GEMMs
+
+keys(t) is the number of positions that token t attends to, itself included. What gradient
+checkpointing computes again does not count. MFU = model / seconds / peak FLOP/s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast import attention
+from recap_fast.config import TrainConfig
+from recap_fast.model import Policy
+from recap_fast.optimization import PolicyOptimizer
+from recap_fast.packing import PackedUpdate, pack_update
+from recap_fast.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder of Qwen2's architecture, with a tied head."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step's work."""
+
+    name: str
+    model: ModelShape
+    prompts: int
+    group: int
+    prompt_tokens: int
+    completion_tokens: int
+    max_tokens: int  # packed tokens in one pass
+    gradient_checkpointing: bool
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.group
+
+
+WORKLOADS = {
+    "small": Workload(
+        "tiny", ModelShape(128, 2, 4, 2, 256, 331), prompts=2, group=4, prompt_tokens=8,
+        completion_tokens=16, max_tokens=128, gradient_checkpointing=False,
+    ),
+    "cpu": Workload(  # SmolLM2-135M's shape
+        "135M", ModelShape(576, 30, 9, 3, 1536, 49152), prompts=2, group=8, prompt_tokens=64,
+        completion_tokens=32, max_tokens=8192, gradient_checkpointing=False,
+    ),
+    "gpu": Workload(  # the text decoder of Qwen2.5-VL-3B
+        "Qwen2.5-VL-3B", ModelShape(2048, 36, 16, 2, 11008, 151936), prompts=8, group=8,
+        prompt_tokens=64, completion_tokens=512, max_tokens=16384, gradient_checkpointing=True,
+    ),
+}  # fmt: skip
+"""By the word given to --shapes."""
+
+
+def build_model(shape: ModelShape, device: torch.device, *, packed: bool, seed: int = 0) -> Any:
+    """Qwen2ForCausalLM with random float32 weights, made on the device.
+
+    Args:
+        packed: attention over recap-fast's packed batches; else torch's sdpa over padded ones.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    attention.register()
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        attn_implementation=attention.IMPLEMENTATION if packed else "sdpa",
+    )
+    with device:
+        return Qwen2ForCausalLM(config).train()
+
+
+def make_rollouts(workload: Workload, seed: int = 0) -> tuple[list[Rollout], np.ndarray]:
+    """Random rollouts and advantages [S, 1] float32."""
+    random = np.random.default_rng(seed)
+
+    def tokens(count: int) -> list[int]:
+        return random.integers(workload.model.vocab, size=count).tolist()
+
+    rollouts = []
+    for group in range(workload.prompts):
+        prompt = Prompt("random", group, tokens(workload.prompt_tokens), "", "", {})
+        for _ in range(workload.group):
+            completion = tokens(workload.completion_tokens)
+            # About what a model with random weights gives every token.
+            logprobs = [-math.log(workload.model.vocab)] * len(completion)
+            rollouts.append(Rollout(prompt, group, completion, logprobs, "length", ""))
+    return rollouts, random.standard_normal((len(rollouts), 1)).astype(np.float32)
+
+
+def make_config(workload: Workload) -> TrainConfig:
+    """A configuration of one rewarded objective; no data is loaded from it."""
+    return TrainConfig.model_validate(
+        {
+            "run": "unused",
+            "model": {"path": "unused"},
+            "data": {
+                "sources": [
+                    {
+                        "name": "sums",
+                        "kind": "rl",
+                        "reasoning_gym": "chain_sum",
+                        "rewards": {"accuracy": "accuracy"},
+                    }
+                ],
+                "max_prompt_tokens": workload.prompt_tokens,
+                "max_supervised_tokens": workload.max_tokens,
+            },
+            "rollout": {"max_new_tokens": workload.completion_tokens},
+            "training": {"max_tokens": workload.max_tokens},
+        }
+    )
+
+
+def make_update(workload: Workload, config: TrainConfig, device: torch.device) -> PackedUpdate:
+    """The packed batches of the step, on the device."""
+    rollouts, advantages = make_rollouts(workload)
+    update = pack_update(
+        rollouts, advantages, [], [], config=config.loss, max_tokens=workload.max_tokens
+    )
+    return update.to(device)
+
+
+def model_flops(workload: Workload, update: PackedUpdate) -> float:
+    """Floating-point operations of the step, see the module's text."""
+    shape = workload.model
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    by_layer = shape.hidden * (2 * shape.hidden + 2 * kv + 3 * shape.intermediate)
+    linear = shape.layers * by_layer
+    # A group's prompt is computed once; each completion attends to it and to itself.
+    prompt, own = workload.prompt_tokens, workload.completion_tokens - 1
+    keys = workload.prompts * prompt * (prompt + 1) / 2
+    keys += workload.rollouts * (own * prompt + own * (own + 1) / 2)
+    forward = 2 * update.num_packed_tokens * linear + 4 * shape.layers * shape.hidden * keys
+    return 3 * forward + 6 * update.num_policy_tokens * shape.hidden * shape.vocab
+
+
+Step = Callable[[], Any]
+
+
+def recap_step(workload: Workload, device: torch.device) -> tuple[Step, PackedUpdate, Any]:
+    """recap-fast's optimizer step from packed batches that lie on the device.
+
+    Returns:
+        The step, its batches, and the model.
+    """
+    config = make_config(workload)
+    model = build_model(workload.model, device, packed=True)
+    if workload.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = PolicyOptimizer(Policy(model, torch.bfloat16), None, config)
+    update = make_update(workload, config, device)
+    weights = torch.ones(1, device=device)
+    return lambda: optimizer.step(update, weights, 1e-6), update, model
+
+
+def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch: int) -> Step:
+    """TRL's GRPOTrainer: its own loss and backward for each micro-batch, its own AdamW.
+
+    bfloat16 autocast over float32 weights, as recap-fast; `micro_batch` rollouts in a pass.
+    """
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from tests.tiny_tokenizer import tiny_tokenizer
+
+    accumulation = workload.rollouts // micro_batch
+    arguments = GRPOConfig(
+        output_dir=folder,
+        use_cpu=device.type == "cpu",
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        num_generations=workload.group,
+        generation_batch_size=workload.rollouts,
+        max_completion_length=workload.completion_tokens,
+        learning_rate=1e-6,
+        bf16=True,
+        gradient_checkpointing=workload.gradient_checkpointing,
+        loss_type="bnpo",
+        optim="adamw_torch_fused",
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        model=build_model(workload.model, device, packed=False),
+        processing_class=tiny_tokenizer(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["1"] * workload.prompts}),
+    )
+    trainer.create_optimizer()
+    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    model.train()
+    trainer.current_gradient_accumulation_steps = accumulation
+    batches = [
+        {name: tensor[start : start + micro_batch] for name, tensor in _padded(workload, device)}
+        for start in range(0, workload.rollouts, micro_batch)
+    ]
+
+    def step() -> None:
+        for batch in batches:
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, batch)
+            trainer.accelerator.backward(loss)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _padded(workload: Workload, device: torch.device) -> list[tuple[str, Tensor]]:
+    """The same rollouts as TRL lays them out. All lengths are equal, so nothing is padding."""
+    rollouts, advantages = make_rollouts(workload)
+    prompts = torch.tensor([rollout.prompt.token_ids for rollout in rollouts], device=device)
+    completions = torch.tensor([rollout.token_ids for rollout in rollouts], device=device)
+    return [
+        ("prompt_ids", prompts),
+        ("prompt_mask", torch.ones_like(prompts)),
+        ("completion_ids", completions),
+        ("completion_mask", torch.ones_like(completions)),
+        ("advantages", torch.tensor(advantages[:, 0], device=device)),
+    ]
