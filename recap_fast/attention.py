@@ -1,24 +1,30 @@
-"""Attention over a flat batch of sequences of different lengths, without padding the batch.
+"""Attention over a flat batch of sequences of different lengths.
 
 Everything but attention works token by token, so the model runs on the T packed tokens as one
-sequence. Only inside attention are queries and keys gathered by segment. A segment is a run of
-queries with the keys that they may see: a whole sequence (causal), or one rollout's completion,
-whose keys are those of its group's prompt and its own. A prompt is therefore computed once for all
-rollouts of its group, with the same result.
+sequence. Only inside attention are tokens seen by segment. A segment is a run of queries with the
+keys that they may see: a whole sequence (causal), or one rollout's completion, whose keys are those
+of its group's prompt and its own. A prompt is therefore computed once for all rollouts of its
+group, with the same result.
 
-`packed_attention` is registered with transformers as the attention implementation "recap_packed".
-Indices are made on the host while packing; nothing here depends on values on the device.
+A batch's layout holds what its backend needs of the segments: `RaggedLayout` here, for kernels
+that know variable lengths (chosen in `attention_backends.py`), or `PaddedLayout`. Indices are made
+on the host while packing; nothing here depends on values on the device. `packed_attention` is
+registered with transformers as the attention implementation "recap_packed".
+
+Shapes: T packed tokens, G segments, T_k their keys, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from recap_fast.attention_padded import build_padded
 
 IMPLEMENTATION = "recap_packed"
 
@@ -35,77 +41,146 @@ class Segment:
         return len(self.prefix) + len(self.own)
 
 
+class RaggedKernel(Protocol):
+    """Attention over segments of any length, causal from the end: the last query of a segment
+    sees all of its keys, the one before sees all but the last, and so on."""
+
+    def __call__(
+        self,
+        query: Tensor,  # [T, heads, D]
+        key: Tensor,  # [T_k, kv_heads, D]; kv_heads divides heads
+        value: Tensor,  # [T_k, kv_heads, D]
+        *,
+        query_starts: Tensor,  # [G + 1] int32, the last is T
+        key_starts: Tensor,  # [G + 1] int32, the last is T_k
+        max_queries: int,
+        max_keys: int,
+        scale: float | None,  # None: 1 / sqrt(D)
+    ) -> Tensor: ...  # [T, heads, D]
+
+
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """Segments of similar length, padded to a rectangle. Padding is computed and dropped."""
+class Backend:
+    """One way to run packed attention."""
 
-    queries: Tensor  # [B, Lq] int64, packed positions
-    keys: Tensor | None  # [B, Lk] int64; None: same as queries
-    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True where a query sees a key; None: causal
+    name: str
+    kernel: RaggedKernel | None
+    """None: padded rectangles through torch's scaled dot product."""
 
-    def to(self, device: torch.device) -> Bucket:
-        move = [None if x is None else x.to(device, non_blocking=True) for x in self._fields()]
-        return Bucket(*move)  # type: ignore[arg-type]
 
-    def _fields(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.queries, self.keys, self.mask
+SDPA = Backend("sdpa", None)
+
+
+class AttentionLayout(Protocol):
+    """What packed attention asks of a layout."""
+
+    @property
+    def max_length(self) -> int: ...  # keys of the longest segment
+
+    def to(self, device: torch.device) -> AttentionLayout: ...
+
+    def attend(
+        self,
+        query: Tensor,  # [T, heads, D]
+        key: Tensor,  # [T, kv_heads, D]
+        value: Tensor,  # [T, kv_heads, D]
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> Tensor: ...  # [T, heads, D]
+
+
+def build_layout(segments: Sequence[Segment], backend: Backend = SDPA) -> AttentionLayout:
+    """Lays segments out for a backend. Together they must cover positions 0 .. T-1 once each."""
+    if backend.kernel is None:
+        return build_padded(segments)
+    return _build_ragged(segments, backend.kernel)
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionLayout:
-    """How the T tokens of a packed batch attend to one another."""
+class RaggedLayout:
+    """Segments end to end, in packed order, so that queries and outputs need no gathering."""
 
-    buckets: tuple[Bucket, ...]
-    gather: Tensor  # [T] int64: a token's row among the buckets' outputs laid end to end
-    max_length: int  # keys of the longest segment
+    kernel: RaggedKernel
+    query_starts: Tensor  # [G + 1] int32
+    key_starts: Tensor  # [G + 1] int32
+    keys: Tensor | None  # [T_k] int64, packed positions; None: every key is its own query's
+    max_queries: int
+    max_length: int
 
-    def to(self, device: torch.device) -> AttentionLayout:
-        buckets = tuple(bucket.to(device) for bucket in self.buckets)
-        return AttentionLayout(buckets, self.gather.to(device, non_blocking=True), self.max_length)
+    def to(self, device: torch.device) -> RaggedLayout:
+        query_starts = self.query_starts.to(device, non_blocking=True)
+        same = self.key_starts is self.query_starts
+        return RaggedLayout(
+            self.kernel,
+            query_starts,
+            query_starts if same else self.key_starts.to(device, non_blocking=True),
+            None if self.keys is None else self.keys.to(device, non_blocking=True),
+            self.max_queries,
+            self.max_length,
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
+    ) -> Tensor:
+        assert not dropout, "chosen for models without dropout"
+        # Rotary embeddings make float32 of queries and keys under autocast, whose list of
+        # operators to cast for does not have these kernels.
+        device = query.device.type
+        cast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else value.dtype
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        if self.keys is not None:
+            key, value = (_Repeat.apply(x, self.keys) for x in (key, value))
+        return self.kernel(
+            query,
+            key,
+            value,
+            query_starts=self.query_starts,
+            key_starts=self.key_starts,
+            max_queries=self.max_queries,
+            max_keys=self.max_length,
+            scale=scale,
+        )
 
 
-def build_layout(segments: Sequence[Segment]) -> AttentionLayout:
-    """Sorts segments into buckets. Together they must cover positions 0 .. T-1 once each."""
-    by_shape: dict[tuple[bool, int], list[Segment]] = {}
-    for segment in segments:
-        # Powers of two bound the padding by half, with few buckets.
-        size = 1 << (len(segment.own) - 1).bit_length()
-        by_shape.setdefault((bool(segment.prefix), size), []).append(segment)
-    num_tokens = sum(len(segment.own) for segment in segments)
-    gather = torch.empty(num_tokens, dtype=torch.int64)
-    buckets, offset = [], 0
-    for (has_prefix, _), members in sorted(by_shape.items()):
-        bucket = _build_bucket(members, has_prefix)
-        width = bucket.queries.shape[1]
-        for row, segment in enumerate(members):
-            start = offset + row * width
-            own = segment.own
-            gather[own.start : own.stop] = torch.arange(start, start + len(own))
-        offset += bucket.queries.numel()
-        buckets.append(bucket)
-    return AttentionLayout(tuple(buckets), gather, max(s.num_keys for s in segments))
+class _Repeat(torch.autograd.Function):
+    """Rows of `tokens` by index. A shared prompt's gradients are summed in float32: there are as
+    many of them as rollouts in a group, which is too many for bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_tokens = len(tokens)
+        return tokens.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        (gradient,) = gradients
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros((ctx.num_tokens, *gradient.shape[1:]), dtype=wide)
+        total.index_add_(0, index, gradient.to(wide))
+        return total.to(gradient.dtype), None
 
 
-def _build_bucket(members: list[Segment], has_prefix: bool) -> Bucket:
-    width = max(len(segment.own) for segment in members)
-    queries = torch.zeros(len(members), width, dtype=torch.int64)
-    for row, segment in enumerate(members):
-        queries[row, : len(segment.own)] = torch.arange(segment.own.start, segment.own.stop)
-    if not has_prefix:
-        # Padding stands after the tokens, so the causal mask alone keeps it out of sight.
-        return Bucket(queries, None, None)
-    key_width = max(segment.num_keys for segment in members)
-    keys = torch.zeros(len(members), key_width, dtype=torch.int64)
-    for row, segment in enumerate(members):
-        split = len(segment.prefix)
-        keys[row, :split] = torch.arange(segment.prefix.start, segment.prefix.stop)
-        keys[row, split : segment.num_keys] = torch.arange(segment.own.start, segment.own.stop)
-    # A key's index is its position in the sequence; query j stands at len(prefix) + j. Every
-    # row sees key 0, padding too, so no softmax runs over nothing (which would be NaN).
-    position = torch.tensor([len(segment.prefix) for segment in members])
-    position = position[:, None] + torch.arange(width)  # [B, Lq]
-    mask = torch.arange(key_width) <= position[:, None, :, None]
-    return Bucket(queries, keys, mask)
+def _build_ragged(segments: Sequence[Segment], kernel: RaggedKernel) -> RaggedLayout:
+    segments = sorted(segments, key=lambda segment: segment.own.start)
+    query_starts = _starts([len(segment.own) for segment in segments])
+    shared = any(segment.prefix for segment in segments)
+    runs = [run for segment in segments for run in (segment.prefix, segment.own)]
+    return RaggedLayout(
+        kernel,
+        query_starts,
+        _starts([segment.num_keys for segment in segments]) if shared else query_starts,
+        torch.cat([torch.arange(run.start, run.stop) for run in runs]) if shared else None,
+        max(len(segment.own) for segment in segments),
+        max(segment.num_keys for segment in segments),
+    )
+
+
+def _starts(lengths: list[int]) -> Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
 
 
 def packed_attention(
@@ -135,35 +210,8 @@ def packed_attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention does not support {name!r}, which this model uses")
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, D]
-    outputs = []
-    for bucket in layout.buckets:
-        indices = bucket.queries if bucket.keys is None else bucket.keys
-        b_q, b_k, b_v = (
-            _gather(x, index)
-            for x, index in zip(tokens, (bucket.queries, indices, indices), strict=True)
-        )
-        out = _attend(
-            b_q, b_k, b_v, attn_mask=bucket.mask, dropout_p=dropout,
-            is_causal=bucket.mask is None, scale=scaling, enable_gqa=b_q.shape[1] != b_k.shape[1],
-        )  # [B, heads, Lq, D]  # fmt: skip
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * Lq, heads, D]
-    return torch.cat(outputs).index_select(0, layout.gather)[None], None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    if query.device.type != "cpu":
-        return scaled_dot_product_attention(query, key, value, **kwargs)
-    # The CPU's fused backward pass is about four times slower in bfloat16 than in float32.
-    with torch.autocast("cpu", enabled=False):
-        output = scaled_dot_product_attention(query.float(), key.float(), value.float(), **kwargs)
-    return output.to(query.dtype)
-
-
-def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """[T, heads, D], [B, L] -> [B, heads, L, D]."""
-    picked = tokens.index_select(0, index.flatten())
-    return picked.view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
+    tokens = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    return layout.attend(*tokens, scale=scaling, dropout=dropout)[None], None
 
 
 def register() -> None:

