@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import pick_device
-from benchmarks.on_gpu.run import Context
+from benchmarks.on_gpu.part import Context
 from benchmarks.training_step import WORKLOADS, recap_step
 from recap_fast import RecapReweighter, fused_linear_policy_loss, optimization
 

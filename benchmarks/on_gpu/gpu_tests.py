@@ -7,8 +7,7 @@ import sys
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.on_gpu.run import Context, SkipPartError
-
+from benchmarks.on_gpu.part import Context, SkipPartError
 
 REHEARSED = ("tests/ops", "tests/test_optimization.py", "tests/test_reweighting.py")
 """Files that a rehearsal looks into; collecting the others takes long. A run takes all."""

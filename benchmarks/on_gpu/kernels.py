@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.on_gpu.run import Context
+from benchmarks.on_gpu.part import Context
 from recap_fast.bench import RESULTS, run_suites
 
 SUITES = ("policy_loss", "logprobs", "reweighter", "advantages")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.measuring import pick_device, provenance
-from benchmarks.on_gpu.run import Context
+from benchmarks.on_gpu.part import Context
 
 NEEDED = ("torch", "numpy", "pydantic", "typer", "rich", "matplotlib", "transformers", "pytest",
           "pytest_benchmark", "pytest_timeout", "hypothesis", "triton", "safetensors", "yaml",

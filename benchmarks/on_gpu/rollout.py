@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import pick_device
-from benchmarks.on_gpu.run import Context, SkipPartError
+from benchmarks.on_gpu.part import Context, SkipPartError
 from benchmarks.training_step import WORKLOADS, build_model, make_rollouts
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout import vllm as vllm_rollout

@@ -12,31 +12,15 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.on_gpu.part import Context, SkipPartError
+
 SKIPPED = 77
 FAIL_PART = "RECAP_FAST_FAIL_PART"
 """Environment variable naming a part that is made to fail, to rehearse that as well."""
-
-
-class SkipPartError(Exception):
-    """A part that cannot run here; its text says why."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a part is told."""
-
-    work: Path  # folder for files of its own
-    rehearse: bool  # tiny shapes, any device
-
-    @property
-    def shapes(self) -> str:
-        """Word for the size of problem, as the benchmark suites know it."""
-        return "small" if self.rehearse else "gpu"
 
 
 def main() -> int:

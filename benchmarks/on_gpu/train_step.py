@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.inputs import Shape
 from benchmarks.measuring import describe_device, gemm_tflops, median_seconds, pick_device
-from benchmarks.on_gpu.run import Context
+from benchmarks.on_gpu.part import Context
 from benchmarks.training_step import WORKLOADS, Step, Workload, model_flops, recap_step
 
 DATASHEET = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0,
