@@ -50,6 +50,11 @@ class Choice:
     refused: dict[str, str]
     """Backends that "auto" would rather have taken, and why it could not."""
 
+    def __str__(self) -> str:
+        return "; ".join(
+            [self.backend.name, *(f"{name} {reason}" for name, reason in self.refused.items())]
+        )
+
 
 def choose_backend(name: str, needs: AttentionNeeds) -> Choice:
     """Finds the backend of that name, or for "auto" the first of `ORDER` that can run.
@@ -135,6 +140,8 @@ def _import(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            raise UnavailableError("is not installed") from error
         raise UnavailableError(f"cannot be imported: {error}") from error
 
 

