@@ -1,0 +1,85 @@
+"""The one command for a GPU machine: rehearsed here, with a part that fails on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.on_gpu.summary import collect, describe
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
+PARTS = ["machine", "gpu_tests", "checks", "kernels", "train_step", "trl_step", "rollout"]
+
+
+def rehearse(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), "--rehearse"],
+        env=os.environ | {"OUT": str(out)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def records(out: Path) -> dict[str, dict]:
+    return {record["part"]: record for record in json.loads((out / "summary.json").read_text())}
+
+
+@pytest.mark.timeout(300)
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
+    done = rehearse(tmp_path, RECAP_FAST_FAIL_PART="checks")
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = records(tmp_path)
+    assert list(found) == PARTS
+    assert found["checks"]["status"] == "failed"
+    assert "made to fail" in found["checks"]["reason"]
+    others = {part: record for part, record in found.items() if part != "checks"}
+    for part, record in others.items():
+        assert record["status"] in ("ok", "skipped"), (part, record)
+        assert record["status"] == "ok" or record["reason"], part
+    assert found["kernels"]["results"]["milliseconds"]
+    assert found["train_step"]["results"]["completion_tokens_per_second"] > 0
+    assert len(found["train_step"]["results"]["kernels"]) == 10
+    assert "checks | failed" in (tmp_path / "summary.md").read_text()
+    assert json.loads((tmp_path / "kernels.json").read_text())["benchmarks"]
+    assert sum(1 for _ in tmp_path.iterdir()) == 4
+
+
+def test_success_ends_with_status_0(tmp_path):
+    done = rehearse(tmp_path, PARTS="machine checks")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(tmp_path)
+    assert found["checks"]["results"]["no host sync in a step, torch"] == "ok"
+    assert found["machine"]["results"]["missing"] == []
+
+
+def test_a_part_past_its_limit_is_reported(tmp_path):
+    done = rehearse(tmp_path, PARTS="machine", LIMIT="0.2")
+    assert done.returncode == 1
+    assert "time limit" in records(tmp_path)["machine"]["reason"]
+
+
+def test_unknown_arguments_are_refused():
+    done = subprocess.run(["bash", str(SCRIPT), "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--rehearse" in done.stderr
+
+
+def test_a_summary_without_records(tmp_path):
+    (tmp_path / "status.tsv").write_text("checks\t139\nrollout\t77\n")
+    (tmp_path / "checks.log").write_text("one\ntwo\nSegmentation fault\n")
+    (tmp_path / "rollout.json").write_text(
+        json.dumps({"part": "rollout", "status": "skipped", "reason": "no vllm"})
+    )
+    crashed, skipped = collect(tmp_path)
+    assert crashed["status"] == "failed"
+    assert "139" in crashed["reason"]
+    assert skipped["status"] == "skipped"
+    text = describe([crashed, skipped])
+    assert "| checks | failed: Segmentation fault |" in text
+    assert "| rollout | skipped: no vllm |" in text
