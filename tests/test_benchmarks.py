@@ -151,11 +151,11 @@ def test_peak_memory_sees_what_a_step_holds():
     shape = Shape(16, 64, 64, 8192)
     logits = shape.tokens * shape.vocab * 4 / 2**20  # float32, MiB
     eager = peak_mib("eager torch", "policy_loss", shape, CPU)
-    ours = peak_mib("recap-fast torch", "policy_loss", shape, CPU)
+    chunked = peak_mib("chunked torch (as verl)", "policy_loss", shape, CPU)
     assert eager is not None
-    assert ours is not None
+    assert chunked is not None
     assert logits < eager < 6 * logits
-    assert ours < eager / 2
+    assert chunked < 0.8 * eager, "half the rows at a time"
 
 
 def test_flops_are_counted_as_they_are_done():
