@@ -99,16 +99,19 @@ def three_gemms(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Step
     inputs.weight.grad = torch.empty_like(weight)
     d_hidden, d_weight = inputs.hidden.grad.view_as(hidden), inputs.weight.grad
 
+    def chunk(start: int) -> None:
+        states = hidden[start : start + rows]
+        logits = torch.mm(states, weight.t(), **widen)
+        d_logits = logits if gradient is None else gradient[: len(logits)]
+        torch.mm(d_logits, weight, out=d_hidden[start : start + rows])
+        if start == 0:
+            torch.mm(d_logits.t(), states, out=d_weight)
+        else:
+            d_weight.addmm_(d_logits.t(), states)
+
     def step() -> None:
         for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            logits = torch.mm(hidden[chunk], weight.t(), **widen)
-            d_logits = logits if gradient is None else gradient[: len(logits)]
-            torch.mm(d_logits, weight, out=d_hidden[chunk])
-            if start == 0:
-                torch.mm(d_logits.t(), hidden[chunk], out=d_weight)
-            else:
-                d_weight.addmm_(d_logits.t(), hidden[chunk])
+            chunk(start)
 
     return step
 
@@ -164,6 +167,8 @@ def compiled(inputs: Inputs) -> Step:
         picked = eager(hidden, weight, targets)
         return clipped_mean(picked, advantages), picked.detach()
 
+    # Past a limit of recompilations of the same code torch.compile would run it eagerly.
+    torch._dynamo.reset()
     compiled_loss = torch.compile(loss, dynamic=False)
 
     def step() -> Tensor:

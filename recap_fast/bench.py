@@ -75,12 +75,16 @@ def run_suites(
     if status == 5:
         raise UserError(f"bench: nothing matches -k {keyword!r}")
     if results.exists():
-        print_report(results)
+        print_report(results, results.parent)
     return min(status, 1)
 
 
-def print_report(results: Path) -> None:
-    """Prints the tables of a results file, and draws its plots beside it."""
+def print_report(results: Path, figures: Path) -> None:
+    """Prints the tables of a results file, and draws its plots into the folder `figures`.
+
+    Raises:
+        UserError: no such file, or a file that the suites did not write.
+    """
     from recap_fast.benchmark_report import absences, draw_plots, draw_tables, load_benchmarks
 
     benchmarks = load_benchmarks(results)
@@ -91,5 +95,8 @@ def print_report(results: Path) -> None:
         console.print("Not measured:", style="bold")
         for line in missing:
             console.print("  " + line, markup=False, highlight=False)
-    plots = draw_plots(benchmarks, results.parent)
-    console.print(f"{results} and {len(plots)} figures beside it", soft_wrap=True, markup=False)
+    plots = draw_plots(benchmarks, figures)
+    console.print(
+        f"{results}; {len(plots)} figures in {figures}", soft_wrap=True, markup=False,
+        highlight=False,
+    )  # fmt: skip

@@ -244,7 +244,9 @@ def _values(kind: str, results: Sequence[Result]) -> list[tuple[Result, float]]:
 
 
 def _bars(axes: Axes, kind: str, size: str, values: Sequence[tuple[Result, float]]) -> None:
-    unit, scale = {"memory": ("MiB", 1.0), "floor": ("%", 1.0)}.get(kind) or time_unit(values[0][1])
+    unit, scale = {"memory": ("MiB", 1.0), "floor": ("%", 1.0)}.get(kind) or time_unit(
+        values[len(values) // 2][1]
+    )
     names = [result.implementation for result, _ in values]
     lengths = [value * scale for _, value in values]
     axes.barh(names, lengths, height=0.62, color=[_colour(result) for result, _ in values])

@@ -99,6 +99,9 @@ def bench(
         float | None, typer.Option(help="seconds after which nothing more is started")
     ] = None,
     output: Annotated[Path, typer.Option(help="folder for JSON and figures")] = Path("runs/bench"),
+    report: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="only print and draw earlier results")
+    ] = None,
     static: Annotated[
         bool, typer.Option("--static", help="compile the kernels and count instead; needs no GPU")
     ] = False,
@@ -106,16 +109,19 @@ def bench(
         Path | None, typer.Option(help="with --static: also write the table as JSON")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="with --static: fail on a regression")
-    ] = False,
+        Path | None, typer.Option(help="with --static: fail where the table differs from this one")
+    ] = None,
 ) -> None:
     """Time the operations beside their peers, from a checkout of the repository."""
     if static:
         from recap_fast import static_analysis
 
         raise SystemExit(static_analysis.main(json, check))
-    from recap_fast.bench import run_suites
+    from recap_fast.bench import print_report, run_suites
 
+    if report is not None:
+        print_report(report, output)
+        return
     raise SystemExit(
         run_suites(
             suites or (),
