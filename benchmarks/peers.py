@@ -119,12 +119,13 @@ def three_gemms(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Step
 # Ours.
 
 
-def fused_policy_loss(inputs: Inputs, impl: str, logits_dtype: str = "bfloat16") -> Step:
-    """fused_linear_policy_loss."""
+def fused_policy_loss(inputs: Inputs, impl: str, logits_dtype: str | None = None) -> Step:
+    """fused_linear_policy_loss; logits in the operands' dtype, as peers have them, or another."""
     from recap_fast import PolicyLossConfig, fused_linear_policy_loss
 
     b, t, _ = inputs.hidden.shape
-    config = PolicyLossConfig(logits_dtype=logits_dtype)  # type: ignore[arg-type]
+    own = str(inputs.hidden.dtype).removeprefix("torch.")
+    config = PolicyLossConfig(logits_dtype=logits_dtype or own)  # type: ignore[arg-type]
     sequence_ids = torch.arange(b, device=inputs.hidden.device).repeat_interleave(t).int()
 
     def step() -> Tensor:
