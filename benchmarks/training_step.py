@@ -26,7 +26,7 @@ from torch import Tensor
 
 from recap_fast import attention
 from recap_fast.config import TrainConfig
-from recap_fast.model import Policy
+from recap_fast.model import Policy, choose_attention
 from recap_fast.optimization import PolicyOptimizer
 from recap_fast.packing import PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout
@@ -146,12 +146,18 @@ def make_config(workload: Workload) -> TrainConfig:
     )
 
 
-def make_update(workload: Workload, config: TrainConfig, device: torch.device) -> PackedUpdate:
-    """The packed batches of the step, on the device."""
+def make_update(
+    workload: Workload,
+    config: TrainConfig,
+    device: torch.device,
+    backend: attention.Backend = attention.SDPA,
+) -> PackedUpdate:
+    """The packed batches of the step, on the device, laid out for an attention backend."""
     rollouts, advantages = make_rollouts(workload)
     update = pack_update(
-        rollouts, advantages, [], [], config=config.loss, max_tokens=workload.max_tokens
-    )
+        rollouts, advantages, [], [],
+        config=config.loss, max_tokens=workload.max_tokens, attention=backend,
+    )  # fmt: skip
     return update.to(device)
 
 
@@ -182,8 +188,9 @@ def recap_step(workload: Workload, device: torch.device) -> tuple[Step, PackedUp
     model = build_model(workload.model, device, packed=True)
     if workload.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = PolicyOptimizer(Policy(model, torch.bfloat16), None, config)
-    update = make_update(workload, config, device)
+    backend = choose_attention("auto", workload.name, model, torch.bfloat16)
+    optimizer = PolicyOptimizer(Policy(model, torch.bfloat16, backend), None, config)
+    update = make_update(workload, config, device, backend)
     weights = torch.ones(1, device=device)
     return lambda: optimizer.step(update, weights, 1e-6), update, model
 

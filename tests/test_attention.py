@@ -160,11 +160,12 @@ def test_shared_prompts_are_repeated_among_the_keys_only():
     assert (layout.max_queries, layout.max_length) == (3, 5)
 
 
-def test_gradients_of_a_shared_prompt_are_summed_in_float32():
-    """In bfloat16 a sum of ones stops at 256."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_of_a_shared_prompt_are_summed_in_float32(device):
+    """In bfloat16 a sum of ones stops at 256. (torch's own sum is that narrow on CUDA only.)"""
     repeats = Backend("repeats", lambda query, key, value, **rest: value)
-    layout = build_layout(to_segments([(1, [1] * 999)]), repeats)
-    inputs = draw_inputs(1000, dtype=torch.bfloat16)
+    layout = build_layout(to_segments([(1, [1] * 999)]), repeats).to(torch.device(device))
+    inputs = draw_inputs(1000, dtype=torch.bfloat16, device=device)
     layout.attend(*inputs, scale=None, dropout=0.0).sum().backward()
     gradient = inputs[2].grad
     assert gradient.dtype == torch.bfloat16
@@ -530,8 +531,8 @@ def cuda_backend(request):
 def test_kernels_are_as_close_to_the_truth_as_sdpa(cuda_backend, shared, kv_heads, size):
     rng = np.random.default_rng(size)
     groups = [
-        (int(rng.integers(1, 300)), rng.integers(1, 400, size=8 * shared).tolist())
-        for _ in range(6)
+        (int(rng.integers(1, 300)), rng.integers(1, 300, size=4 * shared).tolist())
+        for _ in range(3)
     ]
     segments = to_segments(groups)
     tokens = max(s.own.stop for s in segments)
