@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -13,23 +12,32 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Without a GPU, Triton kernels run in its interpreter. It must be chosen before the first import.
-if not Path("/proc/driver/nvidia/version").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets Triton kernels run in its interpreter, on CPU tensors, unless a GPU is to be tested.
+
+    The choice must be made before the first import, and holds for the whole process.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `gpu` where there is no CUDA device."""
+    """Skips the tests marked `gpu`, with the reason, where they cannot run."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
     import torch
 
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA device; torch.cuda.is_available() is False"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "GPU tests run by themselves (-m gpu): this run interprets Triton kernels"
+    else:
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
     for item in marked:
-        item.add_marker(skip)
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

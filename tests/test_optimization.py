@@ -84,7 +84,6 @@ def test_kernels_make_the_same_step(config, request):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_host_sync_on_cuda(config):
     policy = tiny_policy(dtype=torch.bfloat16)
     policy.model.cuda()

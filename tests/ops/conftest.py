@@ -29,6 +29,6 @@ def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """New tensors hold NaN, or the largest integer: nothing unwritten goes unnoticed."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which also fills new memory
     yield
     torch.use_deterministic_algorithms(False)
