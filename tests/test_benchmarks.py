@@ -8,9 +8,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.conftest import LossLab
 from benchmarks.inputs import SHAPES, Inputs, Shape, compute_truth, errors
@@ -63,6 +65,74 @@ def test_adapters_compute_the_same_step(name):
         assert max(found.values()) < 1e-5, found
     if "Liger" not in name:
         assert logprobs is not None
+
+
+ON_CUDA = {
+    f"{suite}, {i.name}": i
+    for suite, implementations in (("loss", POLICY_LOSSES), ("log-probs", LOGPROBS))
+    for i in implementations
+    if i.name.startswith(("recap-fast triton", "Liger Triton", "Liger CuTe"))
+}
+
+
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_adapters_for_cuda_are_called_as_they_want(name):
+    """Triton runs in its interpreter; Liger's CuTe function has a torch path behind one name."""
+    inputs = Inputs.random(TINY)
+    found = errors(inputs, ON_CUDA[name].build(inputs)(), compute_truth(inputs))
+    assert max(found.values()) < 1e-5, found
+
+
+def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        (hidden @ weight.t()).flatten(0, -2), targets.flatten(), reduction="none"
+    ).view_as(targets)
+
+
+def cce_as_documented(e, c, targets, bias=None, reduction="mean", impl="cce"):
+    assert impl in ("cce", "cce_exact")
+    assert reduction == "none"
+    return nll(e, c, targets)
+
+
+def quack_as_documented(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean"):
+    assert x.dim() == 2
+    assert reduction == "mean"
+    return nll(x, weight, target).mean()
+
+
+def verl_as_documented(hidden, weight, labels, temperature=1.0, reduction="none", group=None):
+    assert reduction == "none"
+    assert hidden.dim() == 2
+    return -nll(hidden, weight, labels), torch.zeros(len(labels))
+
+
+STANDINS = {
+    "CCE": ("cut_cross_entropy", "linear_cross_entropy", cce_as_documented),
+    "CCE exact": ("cut_cross_entropy", "linear_cross_entropy", cce_as_documented),
+    "quack": (
+        "quack.linear_cross_entropy", "chunked_linear_cross_entropy", quack_as_documented,
+    ),
+    "verl Triton": (
+        "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", verl_as_documented,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STANDINS)
+def test_adapters_of_packages_that_need_a_gpu_to_install(name, monkeypatch):
+    """Against functions of the documented signature: shapes, signs, and which loss it is."""
+    path, function, standin = STANDINS[name]
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    setattr(sys.modules[path], function, standin)
+    implementation = next(i for i in POLICY_LOSSES if i.name == name)
+    inputs = Inputs.random(TINY)
+    if implementation.is_cross_entropy:
+        inputs = inputs.with_unit_advantages()
+    found = errors(inputs, implementation.build(inputs)(), compute_truth(inputs))
+    assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("floor", [FLOORS[0]], ids=str)

@@ -8,8 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.on_gpu import checks
 from benchmarks.on_gpu.summary import collect, describe
+from benchmarks.on_gpu.train_step import datasheet_tflops
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -83,3 +86,30 @@ def test_a_summary_without_records(tmp_path):
     text = describe([crashed, skipped])
     assert "| checks | failed: Segmentation fault |" in text
     assert "| rollout | skipped: no vllm |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_datasheet_figures(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert datasheet_tflops(torch.device("cuda")) == tflops
+
+
+@pytest.mark.parametrize("impl", checks.IMPLEMENTATIONS)
+def test_the_graph_check_compares_what_repeats_bitwise(impl):
+    """The half of the check that needs no GPU: from the same state, the same bits."""
+    case = checks._Captured(impl, torch.device("cpu"))
+    start = case.reweighter.state_dict()
+    first = [x.clone() for x in case.step()]
+    assert not torch.equal(case.reweighter.state_dict()["counts"], start["counts"])
+    case.reweighter.load_state_dict(start)
+    assert all(torch.equal(a, b) for a, b in zip(first, case.step(), strict=True))
+    assert len(set(first[0].tolist())) > 1, "weights that are all 1 would show nothing"
