@@ -90,3 +90,36 @@ def group_advantage(
         advantage = advantage * count / others
     advantage = tl.where(present & (lowest < highest), advantage, 0.0)
     return advantage.to(tl.float32), present
+
+
+@triton.jit
+def group_advantages_kernel(
+    rewards_ptr,  # [S, K] float32, NaN where absent
+    group_ids_ptr,  # [S] integers
+    advantages_ptr,  # [S, K] float32
+    num_sequences,
+    num_objectives,
+    eps,
+    NORMALIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program per sequence."""
+    sequence = tl.program_id(0).to(tl.int64)
+    objectives = tl.arange(0, BLOCK_K)
+    advantage, _ = group_advantage(
+        rewards_ptr,
+        group_ids_ptr,
+        sequence,
+        num_sequences,
+        num_objectives,
+        eps,
+        NORMALIZE,
+        BLOCK_K,
+        BLOCK_S,
+    )
+    tl.store(
+        advantages_ptr + sequence * num_objectives + objectives,
+        advantage,
+        mask=objectives < num_objectives,
+    )

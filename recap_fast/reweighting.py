@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from recap_fast.ops._validate import resolve_impl
+
 Signal = Literal["loss", "reward"]
 Deviation = Literal["window", "current"]
 
@@ -86,14 +88,20 @@ class Reweighter(ABC):
             ValueError: a tensor of another shape, dtype or device.
         """
         self._check("values", values)
-        observed = torch.isfinite(values)
         if present is not None:
             self._check("present", present, boolean=True)
-            observed = observed & present
         if deviations is not None:
             self._check("deviations", deviations)
+        return self._advance(values.detach(), present, deviations)
+
+    def _advance(self, values: Tensor, present: Tensor | None, deviations: Tensor | None) -> Tensor:
+        """`update` for checked arguments."""
+        observed = torch.isfinite(values)
+        if present is not None:
+            observed = observed & present
+        if deviations is not None:
             deviations = deviations.detach().double()
-        logits, ready = self._score(values.detach().double(), observed, deviations)
+        logits, ready = self._score(values.double(), observed, deviations)
         shares = torch.softmax(logits.masked_fill(~ready, -math.inf), dim=0)
         # With nothing ready the softmax is NaN everywhere, and the fill replaces all of it.
         self.weights.copy_((shares * ready.sum()).masked_fill(~ready, 1.0))
@@ -190,7 +198,7 @@ class _WindowedReweighter(Reweighter):
 
 
 class RecapReweighter(_WindowedReweighter):
-    """RECAP's dynamic weights (arXiv 2510.21978v2, Algorithm 2).
+    """RECAP's dynamic weights (arXiv 2510.21978v2, Algorithm 2). One kernel launch on CUDA.
 
     With mu the mean of the last W values, mu~ that of the W before, and sigma the deviation of
     the 2W: rate c = mu~/mu for a loss and mu/mu~ for a reward, instability i = sigma/(mu + mu~),
@@ -236,6 +244,31 @@ class RecapReweighter(_WindowedReweighter):
         self.alpha = alpha
         self.std = std
         super().__init__(num_objectives, 2 * window, signals, device)
+        self._in_one_launch = resolve_impl("auto", self.device, torch.float32) == "triton"
+
+    def _advance(self, values: Tensor, present: Tensor | None, deviations: Tensor | None) -> Tensor:
+        if not self._in_one_launch:
+            return super()._advance(values, present, deviations)
+        from recap_fast.ops.triton_reweighting import RecapState, recap_update
+
+        state = RecapState(
+            ring=self._values,
+            counts=self._counts,
+            weights=self.weights,
+            rates=self.rates,
+            instabilities=self.instabilities,
+            priorities=self.priorities,
+        )
+        return recap_update(
+            values,
+            present,
+            self._is_reward,
+            state,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            max_rate=self.max_rate,
+            from_current_mean=self.std == "current",
+        )
 
     def _score(
         self, values: Tensor, observed: Tensor, deviations: Tensor | None

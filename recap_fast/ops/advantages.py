@@ -10,14 +10,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recap_fast.ops._validate import FULL_DTYPES, INTEGER_DTYPES, check_tensor, statistics_dtype
+from recap_fast.ops import reference
+from recap_fast.ops._validate import (
+    FULL_DTYPES,
+    INTEGER_DTYPES,
+    check_tensor,
+    resolve_impl,
+    statistics_dtype,
+)
 
 Normalize = Literal["std", "none", "leave_one_out"]
 _NORMALIZE = ("std", "none", "leave_one_out")
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, *, normalize: Normalize = "std", eps: float = 1e-4
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    normalize: Normalize = "std",
+    eps: float = 1e-4,
+    impl: str = "auto",
 ) -> Tensor:
     """Advantage of each rollout over its group, for each objective by itself.
 
@@ -28,13 +40,16 @@ def group_advantages(
             arXiv 2402.03300; eps as in TRL). "none": r - mean (Dr. GRPO, arXiv 2503.20783).
             "leave_one_out": r - mean of the others (RLOO, arXiv 2402.14740).
         eps: added to the deviation.
+        impl: "triton" (one launch), "torch", "reference" (a loop that syncs), or "auto": Triton on
+            CUDA unless the rewards are float64, else torch. An explicit name is run or refused.
 
     Returns:
         [S, K] float32 (float64 for float64 rewards). 0 where the objective is absent, where all
         rewards of the group are equal, and where only one member of the group has the objective.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, an unknown `normalize`, a negative `eps`.
+        ValueError: a wrong shape, dtype or device, an unknown `normalize`, a negative `eps`, or
+            impl="triton" where it cannot run.
     """
     rewards = check_tensor("rewards", rewards, [("S", None), ("K", None)], FULL_DTYPES)
     group_ids = check_tensor(
@@ -44,13 +59,24 @@ def group_advantages(
         raise ValueError(f"normalize: wanted one of {_NORMALIZE}, got {normalize!r}")
     if not eps >= 0:
         raise ValueError(f"eps: wanted a number >= 0, got {eps}")
-    return normalized_advantages(rewards.detach(), group_ids, normalize, eps)
+    chosen = resolve_impl(impl, rewards.device, rewards.dtype)
+    return normalized_advantages(rewards.detach(), group_ids, normalize, eps, chosen)
 
 
 def normalized_advantages(
-    rewards: Tensor, group_ids: Tensor, normalize: str = "std", eps: float = 1e-4
+    rewards: Tensor,
+    group_ids: Tensor,
+    normalize: str = "std",
+    eps: float = 1e-4,
+    impl: str = "torch",
 ) -> Tensor:
-    """`group_advantages` for checked arguments."""
+    """`group_advantages` for checked arguments and a resolved `impl`."""
+    if impl == "reference":
+        return reference.group_advantages(rewards, group_ids, normalize, eps)
+    if impl == "triton":
+        from recap_fast.ops import triton_advantages
+
+        return triton_advantages.group_advantages(rewards, group_ids, normalize, eps)
     present = ~rewards.isnan()
     # In float64 a sum does not depend, after rounding, on the order in which a GPU adds.
     values = rewards.double()

@@ -328,7 +328,7 @@ def _forward_in_kernel(
     """One kernel a chunk does everything between the GEMMs."""
     from recap_fast.ops.triton_rows import PolicyRows
 
-    advantages, present = _advantage_table(arguments)
+    advantages, present = _advantage_table(arguments, "triton")
     table = arguments.rewards if arguments.rewards is not None else arguments.advantages
     assert table is not None
     scales = count(arguments, present, config, torch.float32)
@@ -352,7 +352,7 @@ def _forward_in_kernel(
 def _forward_in_torch(
     arguments: LossArguments, head: Head, wanted: Wanted, config: PolicyLossConfig, impl: str
 ) -> tuple[PolicyLossOutput, Swept]:
-    advantages, present = _advantage_table(arguments)
+    advantages, present = _advantage_table(arguments, impl)
     tokens = tabulate(arguments, advantages, present, config)
     stage: type[HeadStage] = TorchRows
     if impl == "triton":
@@ -379,13 +379,16 @@ def _forward_in_torch(
     return output, swept
 
 
-def _advantage_table(arguments: LossArguments) -> tuple[Tensor, Tensor]:
+def _advantage_table(arguments: LossArguments, impl: str) -> tuple[Tensor, Tensor]:
     """Advantages [S, K], 0 where absent, and presence [S, K] bool."""
     full = statistics_dtype(arguments.hidden.dtype)
     if arguments.rewards is not None:
         assert arguments.group_ids is not None
         rewards = arguments.rewards.detach()
-        return normalized_advantages(rewards, arguments.group_ids).to(full), ~rewards.isnan()
+        if impl == "triton":
+            rewards = rewards.float()
+        table = normalized_advantages(rewards, arguments.group_ids, impl=impl)
+        return table.to(full), ~rewards.isnan()
     assert arguments.advantages is not None
     given = arguments.advantages.detach().to(full)
     present = ~given.isnan()

@@ -6,36 +6,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recap_fast.ops import group_advantages, reference
+from recap_fast.ops.launch import Launch, recording
 from tests.no_sync import ForbidHostSync
 
 NAN = float("nan")
+impls = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
-def test_matches_numbers_worked_out_by_hand() -> None:
+@impls
+def test_matches_numbers_worked_out_by_hand(impl: str) -> None:
     rewards = torch.tensor([[1.0], [0.0], [0.0], [3.0]])
     groups = torch.tensor([7, 7, 7, -2])
     # mean 1/3; unbiased variance ((2/3)^2 + 2 (1/3)^2) / 2 = 1/3
     deviation = (1 / 3) ** 0.5 + 1e-4
     expected = torch.tensor([[2 / 3], [-1 / 3], [-1 / 3], [0.0]])
-    torch.testing.assert_close(group_advantages(rewards, groups), expected / deviation)
-    torch.testing.assert_close(group_advantages(rewards, groups, normalize="none"), expected)
     leave_one_out = torch.tensor([[1.0], [-0.5], [-0.5], [0.0]])
-    torch.testing.assert_close(
-        group_advantages(rewards, groups, normalize="leave_one_out"), leave_one_out
-    )
+    for normalize, truth in (
+        ("std", expected / deviation),
+        ("none", expected),
+        ("leave_one_out", leave_one_out),
+    ):
+        got = group_advantages(rewards, groups, normalize=normalize, impl=impl)
+        torch.testing.assert_close(got, truth)
 
 
+@impls
 @pytest.mark.parametrize("normalize", ["std", "none", "leave_one_out"])
-def test_equal_rewards_and_lone_members_give_exactly_zero(normalize: str) -> None:
+def test_equal_rewards_and_lone_members_give_exactly_zero(impl: str, normalize: str) -> None:
     rewards = torch.tensor([[0.1], [0.1], [0.1], [5.0], [NAN]])
-    advantages = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1]), normalize=normalize)
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    advantages = group_advantages(rewards, groups, normalize=normalize, impl=impl)
     assert torch.equal(advantages, torch.zeros(5, 1))
 
 
-def test_absent_objectives_leave_their_own_statistics_alone() -> None:
+@impls
+def test_absent_objectives_leave_their_own_statistics_alone(impl: str) -> None:
     rewards = torch.tensor([[1.0, NAN], [0.0, 2.0], [NAN, 4.0]])
     groups = torch.zeros(3, dtype=torch.int32)
-    advantages = group_advantages(rewards, groups, normalize="none")
+    advantages = group_advantages(rewards, groups, normalize="none", impl=impl)
     assert torch.equal(advantages, torch.tensor([[0.5, 0.0], [-0.5, -1.0], [0.0, 1.0]]))
 
 
@@ -61,6 +69,43 @@ def test_agrees_with_the_oracle(
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    s=st.integers(0, 12),
+    k=st.sampled_from([1, 2, 3, 8, 31, 32]),
+    normalize=st.sampled_from(["std", "none", "leave_one_out"]),
+    ids=st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8]),
+)
+def test_the_kernel_agrees_with_the_oracle(
+    seed: int, s: int, k: int, normalize: str, ids: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(0, 4, (k, s), generator=generator).t() / 3  # strided
+    rewards[torch.randint(0, 3, (s, k), generator=generator) == 0] = NAN
+    groups = torch.randint(-5, 5, (s,), generator=generator).mul(10).to(ids)
+    got = group_advantages(rewards, groups, normalize=normalize, impl="triton")
+    expected = reference.group_advantages(rewards.double(), groups, normalize)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_meets_groups_of_128_in_any_order() -> None:
+    rewards = torch.rand(140, 3)
+    groups = torch.cat([torch.zeros(128), torch.arange(1, 13)]).int()
+    groups = groups[torch.randperm(140)]
+    got = group_advantages(rewards, groups, impl="triton")
+    torch.testing.assert_close(got, group_advantages(rewards, groups, impl="torch"))
+    assert torch.equal(got, group_advantages(rewards, groups, impl="triton"))
+
+
+def test_the_kernel_is_one_launch_without_a_sync() -> None:
+    launches: list[Launch] = []
+    rewards, groups = torch.rand(6, 2), torch.arange(6) // 3
+    with ForbidHostSync(), recording(launches.append):
+        group_advantages(rewards, groups, impl="triton")
+    assert [launch.grid for launch in launches] == [(6,)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,6 +115,8 @@ def test_agrees_with_the_oracle(
         ({"rewards": torch.zeros(4, 2).half()}, "rewards: wanted dtype .*got float16"),
         ({"normalize": "max"}, "normalize: wanted one of .*got 'max'"),
         ({"eps": -1.0}, "eps: wanted a number >= 0, got -1.0"),
+        ({"impl": "fast"}, "impl: wanted one of .*got 'fast'"),
+        ({"impl": "triton", "rewards": torch.zeros(4, 2).double()}, "the operands are float64"),
     ],
 )
 def test_refuses_bad_arguments(change: dict, message: str) -> None:

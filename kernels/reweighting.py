@@ -1,0 +1,131 @@
+"""RECAP's dynamic weights in one launch of one program (arXiv 2510.21978v2, Algorithm 2).
+
+Mirrors `RecapReweighter` in `recap_fast/reweighting.py`, which gives the formulas. Arithmetic is
+float64. Shapes: K objectives, 2W columns of a ring, of which value number n has column n mod 2W.
+"""
+
+import triton
+import triton.language as tl
+
+MIN_DENOMINATOR = tl.constexpr(1e-6)
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def away_from_zero(x):
+    magnitude = tl.maximum(tl.abs(x), MIN_DENOMINATOR)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def load_ring(
+    ring_ptr,
+    start,
+    value,
+    slot,
+    is_objective,
+    num_columns,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Columns from `start` [BLOCK_K, BLOCK_C], with `value` in the place where it is being pushed.
+
+    Whether the push has reached memory yet makes no difference. Columns past the end are 0.
+    """
+    columns = start + tl.arange(0, BLOCK_C)
+    inside = is_objective[:, None] & (columns < num_columns)[None, :]
+    cells = tl.arange(0, BLOCK_K)[:, None] * num_columns + columns[None, :]
+    ring = tl.load(ring_ptr + cells, mask=inside, other=0.0)
+    return tl.where(columns[None, :] == slot[:, None], value[:, None], ring), columns, inside
+
+
+@triton.jit
+def recap_update_kernel(
+    values_ptr,  # [K] floating: the step's values
+    present_ptr,  # [K] bool or None: all present
+    is_reward_ptr,  # [K] bool
+    ring_ptr,  # [K, 2W] float64, updated
+    counts_ptr,  # [K] int64, updated: values pushed so far
+    weights_ptr,  # [K] float32, like those below
+    returned_ptr,  # [K] a copy of the weights, which later updates do not overwrite
+    rates_ptr,  # [K]
+    instabilities_ptr,  # [K]
+    priorities_ptr,  # [K]
+    num_objectives,
+    num_columns,  # 2W
+    temperature,
+    alpha,
+    max_rate,
+    SUM: tl.constexpr,  # priority c + i; else alpha c + (1 - alpha) i
+    CURRENT: tl.constexpr,  # deviation from the newer mean; else from that of the window
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    objectives = tl.arange(0, BLOCK_K)
+    is_objective = objectives < num_objectives
+    value = tl.load(values_ptr + objectives, mask=is_objective, other=0.0).to(tl.float64)
+    # NaN and infinities are no observations.
+    observed = is_objective & (tl.abs(value) < float("inf"))
+    if present_ptr is not None:
+        observed = observed & (tl.load(present_ptr + objectives, mask=is_objective, other=0) != 0)
+    before = tl.load(counts_ptr + objectives, mask=is_objective, other=0)
+    counts = before + tl.where(observed, 1, 0)
+    slot = tl.where(observed, before % num_columns, -1)
+
+    half = num_columns // 2
+    newer = tl.zeros([BLOCK_K], tl.float64)
+    older = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(0, num_columns, BLOCK_C):
+        ring, columns, inside = load_ring(
+            ring_ptr, start, value, slot, is_objective, num_columns, BLOCK_K, BLOCK_C
+        )
+        # Steps since the column was written; a remainder here has the sign of its dividend.
+        age = (counts[:, None] - 1 - columns[None, :]) % num_columns
+        age = tl.where(age < 0, age + num_columns, age)
+        newer += tl.sum(tl.where(inside & (age < half), ring, 0.0), axis=1)
+        older += tl.sum(tl.where(inside & (age >= half), ring, 0.0), axis=1)
+    newer = newer / half
+    older = older / half
+    center = (newer + older) * 0.5
+    if CURRENT:
+        center = newer
+    squares = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(0, num_columns, BLOCK_C):
+        ring, columns, inside = load_ring(
+            ring_ptr, start, value, slot, is_objective, num_columns, BLOCK_K, BLOCK_C
+        )
+        apart = tl.where(inside, ring - center[:, None], 0.0)
+        squares += tl.sum(apart * apart, axis=1)
+    deviation = tl.sqrt(squares / (num_columns - 1))
+
+    is_reward = tl.load(is_reward_ptr + objectives, mask=is_objective, other=0) != 0
+    rate = tl.where(is_reward, newer, older) / away_from_zero(tl.where(is_reward, older, newer))
+    rate = tl.minimum(tl.maximum(rate, -max_rate), max_rate)
+    instability = deviation / away_from_zero(newer + older)
+    if SUM:
+        priority = rate + instability
+    else:
+        priority = alpha * rate + (1.0 - alpha) * instability
+
+    # weights = number ready * softmax(priority / temperature) over the ready ones, 1 for the rest.
+    ready = is_objective & (counts >= num_columns)
+    logits = tl.where(ready, priority / temperature, float("-inf"))
+    peak = tl.max(logits, axis=0)
+    shares = tl.where(ready, tl.exp(logits - tl.where(ready, peak, 0.0)), 0.0)
+    total = tl.sum(shares, axis=0)
+    number = tl.sum(tl.where(ready, 1.0, 0.0), axis=0)
+    weights = tl.where(ready, shares * number / tl.where(total > 0, total, 1.0), 1.0)
+
+    # Everything has been read that is written here: none is read by another lane.
+    cells = objectives * num_columns + slot
+    tl.store(ring_ptr + cells, value, mask=observed)
+    tl.store(counts_ptr + objectives, counts, mask=is_objective)
+    weights = weights.to(tl.float32)
+    tl.store(weights_ptr + objectives, weights, mask=is_objective)
+    tl.store(returned_ptr + objectives, weights, mask=is_objective)
+    for_reading = tl.where(ready, rate, NAN).to(tl.float32)
+    tl.store(rates_ptr + objectives, for_reading, mask=is_objective)
+    for_reading = tl.where(ready, instability, NAN).to(tl.float32)
+    tl.store(instabilities_ptr + objectives, for_reading, mask=is_objective)
+    for_reading = tl.where(ready, priority, NAN).to(tl.float32)
+    tl.store(priorities_ptr + objectives, for_reading, mask=is_objective)
