@@ -70,17 +70,17 @@ def recap_update_kernel(
         observed = observed & (tl.load(present_ptr + objectives, mask=is_objective, other=0) != 0)
     before = tl.load(counts_ptr + objectives, mask=is_objective, other=0)
     counts = before + tl.where(observed, 1, 0)
-    slot = tl.where(observed, before % num_columns, -1)
+    slot = tl.where(observed, (before % num_columns).to(tl.int32), -1)
 
     half = num_columns // 2
+    newest = ((counts - 1) % num_columns).to(tl.int32)  # -1 before the first value
     newer = tl.zeros([BLOCK_K], tl.float64)
     older = tl.zeros([BLOCK_K], tl.float64)
     for start in range(0, num_columns, BLOCK_C):
         ring, columns, inside = load_ring(
             ring_ptr, start, value, slot, is_objective, num_columns, BLOCK_K, BLOCK_C
         )
-        # Steps since the column was written; a remainder here has the sign of its dividend.
-        age = (counts[:, None] - 1 - columns[None, :]) % num_columns
+        age = newest[:, None] - columns[None, :]  # values pushed since the column's
         age = tl.where(age < 0, age + num_columns, age)
         newer += tl.sum(tl.where(inside & (age < half), ring, 0.0), axis=1)
         older += tl.sum(tl.where(inside & (age >= half), ring, 0.0), axis=1)
