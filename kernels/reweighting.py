@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 MIN_DENOMINATOR = tl.constexpr(1e-6)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -123,9 +122,9 @@ def recap_update_kernel(
     weights = weights.to(tl.float32)
     tl.store(weights_ptr + objectives, weights, mask=is_objective)
     tl.store(returned_ptr + objectives, weights, mask=is_objective)
-    for_reading = tl.where(ready, rate, NAN).to(tl.float32)
+    for_reading = tl.where(ready, rate, float("nan")).to(tl.float32)
     tl.store(rates_ptr + objectives, for_reading, mask=is_objective)
-    for_reading = tl.where(ready, instability, NAN).to(tl.float32)
+    for_reading = tl.where(ready, instability, float("nan")).to(tl.float32)
     tl.store(instabilities_ptr + objectives, for_reading, mask=is_objective)
-    for_reading = tl.where(ready, priority, NAN).to(tl.float32)
+    for_reading = tl.where(ready, priority, float("nan")).to(tl.float32)
     tl.store(priorities_ptr + objectives, for_reading, mask=is_objective)
