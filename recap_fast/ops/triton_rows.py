@@ -22,6 +22,9 @@ from recap_fast.ops.tokens import TokenScales
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 BLOCK_SEQUENCES = 64
 
+MAX_REGISTERS = 128
+"""Of a thread. Without a bound of ours the assembler spills a few to fit one more program."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowLaunch:
@@ -84,6 +87,7 @@ def logprobs_rows(
         HAS_SOFTCAP=softcap is not None,
         BLOCK_V=how.block,
         num_warps=how.warps,
+        maxnreg=MAX_REGISTERS,
     )
 
 
@@ -196,6 +200,7 @@ class PolicyRows:
             BLOCK_S=BLOCK_SEQUENCES,
             BLOCK_K=next_power_of_2(self._table.shape[1]),
             num_warps=how.warps,
+            maxnreg=MAX_REGISTERS,
         )
 
     def losses(self) -> tuple[Tensor, Tensor]:
