@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,8 @@ def index_add(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {
-    "recap-fast": (group_advantages, None),
+    "recap-fast (torch)": (partial(group_advantages, impl="torch"), None),
+    "recap-fast (triton)": (partial(group_advantages, impl="triton"), "cuda"),
     "eager, equal groups (as TRL)": (trl_formula, None),
     "eager, any groups": (index_add, None),
     "torch.compile, any groups": (torch.compile(index_add, dynamic=False), None),

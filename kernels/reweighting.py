@@ -115,7 +115,8 @@ def recap_update_kernel(
     number = tl.sum(tl.where(ready, 1.0, 0.0), axis=0)
     weights = tl.where(ready, shares * number / tl.where(total > 0, total, 1.0), 1.0)
 
-    # Everything has been read that is written here: none is read by another lane.
+    # Every warp has read the counts, and the ring but for the pushed value, before one writes them.
+    tl.debug_barrier()
     cells = objectives * num_columns + slot
     tl.store(ring_ptr + cells, value, mask=observed)
     tl.store(counts_ptr + objectives, counts, mask=is_objective)

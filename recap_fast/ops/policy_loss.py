@@ -322,6 +322,11 @@ def _forward(
     return _forward_in_torch(arguments, head, wanted, config, impl)
 
 
+MAX_REWARDS_IN_KERNEL = 1 << 14
+"""S * K. Every row of the kernel scans the rewards of all sequences for its group: 64 KiB at most,
+a fifth of a row of logits. Beyond that it reads advantages that were computed once."""
+
+
 def _forward_in_kernel(
     arguments: LossArguments, head: Head, wanted: Wanted, config: PolicyLossConfig
 ) -> tuple[PolicyLossOutput, Swept]:
@@ -329,10 +334,11 @@ def _forward_in_kernel(
     from recap_fast.ops.triton_rows import PolicyRows
 
     advantages, present = _advantage_table(arguments, "triton")
-    table = arguments.rewards if arguments.rewards is not None else arguments.advantages
-    assert table is not None
+    table, group_ids = advantages.masked_fill(~present, torch.nan), None
+    if arguments.rewards is not None and table.numel() <= MAX_REWARDS_IN_KERNEL:
+        table, group_ids = arguments.rewards.float(), arguments.group_ids
     scales = count(arguments, present, config, torch.float32)
-    stage = PolicyRows(arguments, table.float(), scales, config)
+    stage = PolicyRows(arguments, table, group_ids, scales, config)
     swept = sweep(head, wanted, stage, arguments.weight_grad)
     losses, clip_fraction = stage.losses()
     weights = arguments.objective_weights

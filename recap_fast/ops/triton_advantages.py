@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recap_fast.kernels import advantages as kernels
 from recap_fast.ops.launch import launch
-from recap_fast.ops.triton_rows import BLOCK_SEQUENCES, next_power_of_2
+from recap_fast.ops.triton_rows import BLOCK_SEQUENCES, next_power_of_2, warps_for_tile
 
 NORMALIZATIONS = {
     "std": kernels.STD.value,
@@ -35,6 +35,6 @@ def group_advantages(
         NORMALIZE=NORMALIZATIONS[normalize],
         BLOCK_K=next_power_of_2(k),
         BLOCK_S=BLOCK_SEQUENCES,
-        num_warps=1,
+        num_warps=warps_for_tile(next_power_of_2(k) * BLOCK_SEQUENCES),
     )
     return advantages

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recap_fast.kernels.reweighting import recap_update_kernel
 from recap_fast.ops.launch import launch
-from recap_fast.ops.triton_rows import next_power_of_2
+from recap_fast.ops.triton_rows import MAX_REGISTERS, next_power_of_2, warps_for_tile
 
 BLOCK_COLUMNS = 32
 
@@ -71,6 +71,7 @@ def recap_update(
         CURRENT=from_current_mean,
         BLOCK_K=next_power_of_2(k),
         BLOCK_C=BLOCK_COLUMNS,
-        num_warps=1,
+        num_warps=warps_for_tile(next_power_of_2(k) * BLOCK_COLUMNS),
+        maxnreg=MAX_REGISTERS,
     )
     return returned

@@ -51,6 +51,11 @@ def next_power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+def warps_for_tile(elements: int) -> int:
+    """Warps for a tile of float64 that stays in registers, a power of 2: 4 elements a thread."""
+    return min(max(1, elements // 128), 8)
+
+
 def logprobs_rows(
     logits: Tensor,
     targets: Tensor,
@@ -121,16 +126,22 @@ class PolicyRows:
     """`RowStage` that also computes the loss, token by token, and keeps its terms.
 
     Args:
-        table: [S, K] float32: rewards where `arguments.group_ids` turn them into advantages, else
-            advantages. NaN where absent.
+        table: [S, K] float32: rewards where `group_ids` [S] are given, which the kernel turns into
+            advantages, else advantages. NaN where absent.
     """
 
     def __init__(
-        self, arguments: LossArguments, table: Tensor, scales: TokenScales, config: PolicyLossConfig
+        self,
+        arguments: LossArguments,
+        table: Tensor,
+        group_ids: Tensor | None,
+        scales: TokenScales,
+        config: PolicyLossConfig,
     ) -> None:
         n, k = arguments.targets.shape[0], table.shape[1]
         self._arguments = arguments
         self._table = table.contiguous()
+        self._group_ids = None if group_ids is None else group_ids.contiguous()
         self._scales = scales
         self._config = config
 
@@ -166,9 +177,7 @@ class PolicyRows:
             token_objectives_ptr=part(a.token_objectives),
             scale_ptr=part(self._scales.scale),
             table_ptr=self._table,
-            group_ids_ptr=None
-            if a.group_ids is None or a.rewards is None
-            else a.group_ids.contiguous(),
+            group_ids_ptr=self._group_ids,
             denominators_ptr=self._scales.denominators,
             regulariser_ptr=self._scales.regulariser,
             weights_ptr=_float32(a.objective_weights),

@@ -15,6 +15,7 @@ from recap_fast.ops import (
     chunked,
     fused_linear_policy_loss,
     group_advantages,
+    policy_loss,
 )
 from recap_fast.ops.launch import recording
 from tests.no_sync import ForbidHostSync
@@ -385,6 +386,15 @@ def test_groups_of_128_and_of_one_with_32_objectives(impl: str) -> None:
     got = batch.run(impl, torch.float32)
     for name, value in expected.items():
         torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_many_rewards_become_advantages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = random_batch(rewards=True, s=9)
+    in_kernel = batch.run("triton", torch.float32)
+    monkeypatch.setattr(policy_loss, "MAX_REWARDS_IN_KERNEL", 0)
+    before = batch.run("triton", torch.float32)
+    for name, value in in_kernel.items():
+        assert torch.equal(before[name], value), name
 
 
 def test_equal_rewards_give_no_gradient_at_all() -> None:
