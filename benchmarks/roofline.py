@@ -6,8 +6,9 @@ Every figure is PREDICTED from two rates, by default those of one H200: bf16 mat
 large shapes, and device memory. Counted, for N tokens, H hidden, V vocabulary, chunks of C tokens:
 
     GEMMs   3 of 2*N*H*V floating-point operations
-    rows    logits read once and overwritten once by their gradient; the row kernel's second read
-            is taken to hit the L2 cache. bf16 logits: 2 + 2 bytes a logit; float32: 4 + 2.
+    rows    logits read and overwritten by their gradient. bf16: 2 + 2 bytes a logit, as the rows
+            in flight (132 of 304 KB) are still in the L2 cache when the kernel reads them again;
+            float32: 4 + 4 + 2, as they are not.
     dW      [V, H] float32 read and written once a chunk beyond the first, in the GEMM's epilogue
     cast    dW rounded to bf16 for a bf16 weight: 4 + 2 bytes an element
     scale   backward multiplies dX and dW by the loss's gradient: one read and one write of each
@@ -36,7 +37,7 @@ def milliseconds(
     chunks = -(-n // chunk)
     gemms = 3 * 2 * n * h * v / rates.flops
     memory = {
-        "rows": n * v * (logit_bytes + 2),
+        "rows": n * v * ((logit_bytes if logit_bytes == 2 else 2 * logit_bytes) + 2),
         "dW": 2 * (chunks - 1) * v * h * 4,
         "cast": v * h * 6,
         "scale": 2 * (n * h + v * h) * 2,

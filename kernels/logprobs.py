@@ -6,7 +6,7 @@ Shapes: C rows, V columns.
 import triton
 import triton.language as tl
 
-from recap_fast.kernels.softmax import row_statistics, store_gradient, store_zeros
+from recap_fast.kernels.softmax import LN_2, row_statistics, store_gradient, store_zeros
 
 IGNORED_TARGET = tl.constexpr(-100)
 
@@ -27,6 +27,7 @@ def logprobs_kernel(
     inverse_temperature,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """With a gradient, both gradients' factors come from outside: backward passes."""
     row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
@@ -38,11 +39,11 @@ def logprobs_kernel(
         if gradient_ptr is not None:
             store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
     else:
-        peak, log_mass, shifted, entropy = row_statistics(
-            row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V
+        peak, log_mass, log2_p, entropy_bits, target_slope = row_statistics(
+            row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
         )
-        tl.store(logprobs_ptr + row, shifted - log_mass)
-        tl.store(entropy_ptr + row, entropy)
+        tl.store(logprobs_ptr + row, log2_p * LN_2)
+        tl.store(entropy_ptr + row, entropy_bits * LN_2)
         if gradient_ptr is not None:
             by_logprob = 0.0
             by_entropy = 0.0
@@ -58,7 +59,9 @@ def logprobs_kernel(
                 by_entropy,
                 peak,
                 log_mass,
-                entropy,
+                log2_p,
+                entropy_bits,
+                target_slope,
                 size,
                 softcap,
                 inverse_temperature,

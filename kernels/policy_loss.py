@@ -12,7 +12,7 @@ import triton.language as tl
 from recap_fast.kernels.advantages import STD, group_advantage
 from recap_fast.kernels.logprobs import IGNORED_TARGET
 from recap_fast.kernels.objective import clamped_exp, is_inside, kl_estimate, surrogate
-from recap_fast.kernels.softmax import row_statistics, store_gradient, store_zeros
+from recap_fast.kernels.softmax import LN_2, row_statistics, store_gradient, store_zeros
 
 ADVANTAGE_EPS = tl.constexpr(1e-4)  # the default of `group_advantages`
 POLICY = tl.constexpr(-1)  # in token_objectives
@@ -62,6 +62,7 @@ def policy_loss_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -83,15 +84,8 @@ def policy_loss_kernel(
             store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
         return
 
-    row_ptr = logits_ptr + row * logits_stride
-    peak, log_mass, shifted, entropy = row_statistics(
-        row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V
-    )
-    logprob = shifted - log_mass
-    tl.store(logprobs_ptr + row, logprob)
-    tl.store(entropy_ptr + row, entropy)
-
-    # Which objectives the token serves, and how much of each it is: a_t / d_k.
+    # What is known of the token is loaded first: its latency hides behind the pass over the row.
+    # Which objectives it serves, and how much of each it is: a_t / d_k.
     kind = POLICY
     if token_objectives_ptr is not None:
         kind = tl.load(token_objectives_ptr + row).to(tl.int32)
@@ -123,11 +117,27 @@ def policy_loss_kernel(
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + objectives, mask=is_objective, other=0.0) * weight
 
+    if old_ptr is not None:
+        old = tl.load(old_ptr + row)
+    if rollout_ptr is not None:
+        rollout = tl.load(rollout_ptr + row)
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + row)
+
+    row_ptr = logits_ptr + row * logits_stride
+    peak, log_mass, log2_p, entropy_bits, target_slope = row_statistics(
+        row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
+    )
+    logprob = log2_p * LN_2
+    entropy = entropy_bits * LN_2
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+
     # The ratio to the old policy and its surrogate.
     ratio = tl.full([], 1.0, tl.float32)
     moves = tl.full([], True, tl.int1)
     if old_ptr is not None:
-        log_ratio = tl.where(is_policy, logprob - tl.load(old_ptr + row), 0.0)
+        log_ratio = tl.where(is_policy, logprob - old, 0.0)
         ratio = clamped_exp(log_ratio)
         moves = is_inside(log_ratio)
     value, slope, decides = surrogate(
@@ -135,10 +145,10 @@ def policy_loss_kernel(
     )
     importance = 1.0
     if rollout_ptr is not None:
-        old = logprob
         if old_ptr is not None:
-            old = tl.load(old_ptr + row)
-        gap = tl.where(is_policy, old - tl.load(rollout_ptr + row), 0.0)
+            gap = tl.where(is_policy, old - rollout, 0.0)
+        else:
+            gap = tl.where(is_policy, logprob - rollout, 0.0)
         importance = clamped_exp(gap)
         importance = tl.where(importance > rollout_cap, rollout_cap, importance)
     gain = tl.where(applies, share * importance * value, 0.0)
@@ -160,9 +170,7 @@ def policy_loss_kernel(
             by_entropy = -entropy_coef * regulariser
             penalty = by_entropy * entropy
         if ref_ptr is not None:
-            kl, kl_slope = kl_estimate(
-                tl.where(is_policy, tl.load(ref_ptr + row) - logprob, 0.0), KL_ESTIMATOR
-            )
+            kl, kl_slope = kl_estimate(tl.where(is_policy, ref - logprob, 0.0), KL_ESTIMATOR)
             kl = tl.where(is_policy, kl, 0.0)
             tl.store(kl_ptr + row, kl)
             if kl_coef != 0.0:
@@ -182,7 +190,9 @@ def policy_loss_kernel(
                 by_entropy,
                 peak,
                 log_mass,
-                entropy,
+                log2_p,
+                entropy_bits,
+                target_slope,
                 size,
                 softcap,
                 inverse_temperature,

@@ -1,4 +1,4 @@
-"""What the kernels over rows of logits share: scaled logits, their statistics, their gradient.
+"""What the kernels over rows of logits share: capped logits, their statistics, their gradient.
 
 With z the scaled logits of a row, p = softmax(z), y its target and H its entropy:
     logprob = z_y - logsumexp(z)        d logprob / d z_j = [j = y] - p_j
@@ -9,7 +9,9 @@ The gradient needs no second pass over anything but the logits: both statistics 
 import triton
 import triton.language as tl
 
-# exp of anything below is 0 in float32, and 0 * NEGLIGIBLE is 0 where 0 * -inf is NaN.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# 2 to anything below is 0 in float32, and 0 * NEGLIGIBLE is 0 where 0 * -inf is NaN.
 NEGLIGIBLE = tl.constexpr(-200.0)
 
 
@@ -31,16 +33,16 @@ def tanh(x):
 
 
 @triton.jit
-def load_scaled(row_ptr, columns, size, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
-    """Scaled logits at `columns`, -inf past the row's end, and their slope in the raw logits."""
+def load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Logits at `columns` after the softcap, -inf past the row's end, and their slope."""
     inside = columns < size
     z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    slope = inverse_temperature
+    slope = 1.0
     if HAS_SOFTCAP:
         bent = tanh(z / softcap)
         z = tl.where(inside, softcap * bent, float("-inf"))
-        slope = (1.0 - bent * bent) * inverse_temperature
-    return z * inverse_temperature, slope
+        slope = 1.0 - bent * bent
+    return z, slope
 
 
 @triton.jit
@@ -52,31 +54,45 @@ def row_statistics(
     inverse_temperature,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One pass over a row: (peak, log of the sum of exp(z - peak), z_target - peak, entropy)."""
-    offsets = tl.arange(0, BLOCK_V)
-    peak = float("-inf")
-    # Sums of exp(d) and of exp(d) * d by lane, with d = z - peak: one reduction at the end.
-    total = tl.zeros([BLOCK_V], tl.float32)
-    moment = tl.zeros([BLOCK_V], tl.float32)
+    """One pass over a row. Returns the peak, log2 of the sum of p / p_peak, log2 p_target, the
+    entropy in bits, and the slope of the softcap at the target.
+
+    The peak is the largest capped logit. Exponents are base 2, which is what the hardware computes:
+    bits = (z - peak) * log2(e) / temperature. Subtracting first keeps large logits exact.
+    """
+    # GROUP consecutive columns belong to one thread and share a running peak, so that the loop has
+    # neither shuffles nor barriers, and one rescaling for all of them.
+    LANES: tl.constexpr = BLOCK_V // GROUP
+    offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    to_bits = inverse_temperature * LOG2_E
+    peak = tl.full([LANES], float("-inf"), tl.float32)
+    # Read before the reductions below, whose barriers keep other warps from overwriting the row.
+    z_target, target_slope = load_capped(row_ptr, target, size, softcap, HAS_SOFTCAP)
+    total = tl.zeros([LANES], tl.float32)  # of 2^bits
+    moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
     for start in range(0, size, BLOCK_V):
-        z, _ = load_scaled(
-            row_ptr, start + offsets, size, softcap, inverse_temperature, HAS_SOFTCAP
-        )
-        highest = tl.maximum(peak, tl.max(z, axis=0))
+        z, _ = load_capped(row_ptr, start + offsets, size, softcap, HAS_SOFTCAP)
+        highest = tl.maximum(peak, tl.max(z, axis=1))
         # Where all is -inf so far, any finite reference will do.
         reference = tl.where(highest == float("-inf"), 0.0, highest)
-        shift = tl.maximum(peak - reference, NEGLIGIBLE)
-        decay = tl.exp(shift)
-        d = tl.maximum(z - reference, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
-        weight = tl.exp(d)
-        moment = (moment + total * shift) * decay + weight * d
-        total = total * decay + weight
+        shift = tl.maximum((peak - reference) * to_bits, NEGLIGIBLE)
+        decay = tl.exp2(shift)
+        bits = (z - reference[:, None]) * to_bits
+        bits = tl.maximum(bits, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
+        weight = tl.exp2(bits)
+        moment = (moment + total * shift) * decay + tl.sum(weight * bits, axis=1)
+        total = total * decay + tl.sum(weight, axis=1)
         peak = highest
-    mass = tl.sum(total, axis=0)
-    log_mass = tl.log(mass)
-    z_target, _ = load_scaled(row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP)
-    return peak, log_mass, z_target - peak, log_mass - tl.sum(moment, axis=0) / mass
+    row_peak = tl.max(peak, axis=0)
+    shift = tl.maximum((peak - row_peak) * to_bits, NEGLIGIBLE)
+    decay = tl.exp2(shift)
+    mass = tl.sum(total * decay, axis=0)
+    log_mass = tl.log2(mass)
+    entropy = log_mass - tl.sum((moment + total * shift) * decay, axis=0) / mass
+    log2_p_target = (z_target - row_peak) * to_bits - log_mass
+    return row_peak, log_mass, log2_p_target, entropy, target_slope
 
 
 @triton.jit
@@ -88,7 +104,9 @@ def store_gradient(
     by_entropy,
     peak,
     log_mass,
+    log2_p_target,
     entropy,
+    target_slope,
     size,
     softcap,
     inverse_temperature,
@@ -96,23 +114,37 @@ def store_gradient(
     HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """by_logprob * d logprob + by_entropy * d H over the row, which may be overwritten by it."""
+    """by_logprob * d logprob + by_entropy * d H over the row, which may be overwritten by it.
+
+    Takes what `row_statistics` returned, in its units.
+    """
     offsets = tl.arange(0, BLOCK_V)
+    to_bits = inverse_temperature * LOG2_E
+    by_p = by_logprob * inverse_temperature  # d loss / d z_j = -p_j * (by_p + by_bits * ...)
+    by_bits = by_entropy * inverse_temperature * LN_2
     for start in range(0, size, BLOCK_V):
         columns = start + offsets
-        z, slope = load_scaled(row_ptr, columns, size, softcap, inverse_temperature, HAS_SOFTCAP)
-        log_p = (z - peak) - log_mass
-        log_p = tl.maximum(log_p, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
-        factor = -by_logprob
+        z, slope = load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP)
+        log2_p = (z - peak) * to_bits - log_mass
         if HAS_ENTROPY:
-            factor = factor - by_entropy * (log_p + entropy)
-        gradient = tl.exp(log_p) * factor
-        gradient = tl.where(columns == target, gradient + by_logprob, gradient) * slope
+            log2_p = tl.maximum(log2_p, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
+            factor = -by_p - by_bits * (log2_p + entropy)
+        else:
+            factor = -by_p
+        gradient = tl.exp2(log2_p) * factor * slope
         tl.store(
             gradient_ptr + columns,
             gradient.to(gradient_ptr.dtype.element_ty),
             mask=columns < size,
         )
+    # The target's own column once more: a comparison a column would cost more than this store.
+    p_target = tl.exp2(log2_p_target)
+    gradient = by_p * (1.0 - p_target)
+    if HAS_ENTROPY:
+        surprise = tl.maximum(log2_p_target, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
+        gradient -= by_bits * p_target * (surprise + entropy)
+    tl.debug_barrier()  # after the store of the loop
+    tl.store(gradient_ptr + target, (gradient * target_slope).to(gradient_ptr.dtype.element_ty))
 
 
 @triton.jit

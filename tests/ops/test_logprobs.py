@@ -142,7 +142,7 @@ def test_nan_logits_are_not_hidden(impl: str) -> None:
 @impls
 def test_blocks_of_nothing_but_minus_infinity(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _use_blocks(monkeypatch, 16)
-    logits = torch.full((2, 70), -float("inf"))
+    logits = torch.full((2, 80), -float("inf"))
     logits[0, 40:45] = torch.randn(5)
     logits[1, :3] = torch.randn(3)
     logits.requires_grad_()
@@ -155,14 +155,17 @@ def test_blocks_of_nothing_but_minus_infinity(impl: str, monkeypatch: pytest.Mon
 
 
 def _use_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    launches = {size: triton_rows.RowLaunch(columns, 4) for size in (2, 4)}
-    monkeypatch.setattr(triton_rows, "LAUNCHES", launches)
+    for name, group in (("LAUNCHES", 4), ("UNALIGNED_LAUNCHES", 1)):
+        monkeypatch.setattr(triton_rows, name, {4: triton_rows.RowLaunch(columns, group, 4)})
 
 
+@pytest.mark.parametrize("width", [101, 160])
 @pytest.mark.parametrize("columns", [16, 32, 128])
-def test_block_size_changes_rounding_only(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(5, 101, requires_grad=True)
-    targets = torch.tensor([0, 100, 15, 16, -100])
+def test_block_size_changes_rounding_only(
+    columns: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(5, width, requires_grad=True)
+    targets = torch.tensor([0, width - 1, 15, 16, -100])
 
     def run() -> list[Tensor]:
         outputs = selective_logprobs(logits, targets, temperature=0.7, impl="triton")
