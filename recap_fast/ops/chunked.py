@@ -19,11 +19,12 @@ from torch import Tensor
 from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 625_000_000}
-"""Logits of a chunk: enough for the GEMMs to run near their peak, whatever N is. CUDA: 4096 rows of
-a vocabulary of 152k, so that adding up dW in float32 costs little (docs/performance.md)."""
+CHUNK_ELEMENTS = {"cpu": 25_200_000, "cuda": 625_000_000}
+"""Logits of a chunk, whatever N is. Each chunk adds its dW to a float32 sum, a read and a write of
+[V, H] that costs more than all element-wise passes unless chunks are few. CPU: 48 MiB of bfloat16
+logits. CUDA: 4096 rows of a vocabulary of 152k (docs/performance.md)."""
 GEMM_TILE = 128
-"""Rows of a CUDA chunk are a multiple of it."""
+"""Rows of a chunk are a multiple of it where they are more: 691 rows were slower than 512."""
 WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
@@ -185,9 +186,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens C of a chunk."""
     kind = "cpu" if device.type == "cpu" else "cuda"
     rows = max(1, CHUNK_ELEMENTS[kind] // vocabulary)
-    if kind == "cuda" and rows > GEMM_TILE:
-        rows -= rows % GEMM_TILE
-    return rows
+    return rows - rows % GEMM_TILE if rows > GEMM_TILE else rows
 
 
 def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from recap_fast.ops._validate import IGNORED_TARGET, statistics_dtype
 
-BLOCK_ELEMENTS = {"cpu": 3 << 20, "cuda": 1 << 26}
-"""Elements of a block. CPU: 12 MiB of float32, a compromise: smaller blocks stay nearer the core,
+BLOCK_ELEMENTS = {"cpu": 3 << 19, "cuda": 1 << 26}
+"""Elements of a block. CPU: 6 MiB of float32, a compromise: smaller blocks stay nearer the core,
 but each pass over one is a rendezvous of threads, dear on a busy machine. GPU: bounds scratch."""
 NEGLIGIBLE = -200.0
 """exp of anything below is 0 in float32 (1e-87 in float64) beside a maximum of 1, and
