@@ -5,7 +5,7 @@ Shapes: S sequences (rollouts), K objectives.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,19 @@ def group_advantages(
     if not eps >= 0:
         raise ValueError(f"eps: wanted a number >= 0, got {eps}")
     chosen = resolve_impl(impl, rewards.device, rewards.dtype)
-    return normalized_advantages(rewards.detach(), group_ids, normalize, eps, chosen)
+    return _group_advantages(rewards.detach(), group_ids, normalize, eps, chosen)
+
+
+@torch.library.custom_op("recap_fast::group_advantages", mutates_args=())
+def _group_advantages(
+    rewards: Tensor, group_ids: Tensor, normalize: str, eps: float, impl: str
+) -> Tensor:
+    return normalized_advantages(rewards, group_ids, normalize, eps, impl).contiguous()
+
+
+@_group_advantages.register_fake
+def _(rewards: Tensor, *others: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape)
 
 
 def normalized_advantages(

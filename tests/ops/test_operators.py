@@ -11,9 +11,11 @@ from torch import Tensor
 from recap_fast.ops import (
     PolicyLossOutput,
     fused_linear_policy_loss,
+    group_advantages,
     linear_logprobs,
     selective_logprobs,
 )
+from recap_fast.ops.advantages import _group_advantages
 from recap_fast.ops.attach import attach_gradients
 from recap_fast.ops.logprobs import (
     _linear_logprobs,
@@ -90,6 +92,12 @@ def test_logprobs_operators(impl: str) -> None:
 
 
 @impls
+def test_advantages_operator(impl: str) -> None:
+    rewards = torch.rand(2, 6).t()
+    torch.library.opcheck(_group_advantages, (rewards, torch.arange(6) // 3, "std", 1e-4, impl))
+
+
+@impls
 def test_a_compiled_caller_has_no_graph_break(impl: str) -> None:
     batch = random_batch(bias=True, **OFF_POLICY)
     tensors = _float32(batch)
@@ -115,14 +123,15 @@ def test_a_compiled_caller_has_no_graph_break(impl: str) -> None:
 
 
 @impls
-def test_compiled_logprobs(impl: str) -> None:
+def test_compiled_logprobs_and_advantages(impl: str) -> None:
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.tensor([1, 8, -100, 0, 3, 3])
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
         logprobs, entropy = linear_logprobs(hidden * 2, weight, targets, impl=impl)
         picked, _ = selective_logprobs(hidden @ weight.T, targets, impl=impl)
-        return (logprobs + 0.1 * entropy).sum() + picked.sum()
+        advantages = group_advantages(logprobs.detach()[:, None], targets, impl=impl)
+        return (logprobs + 0.1 * entropy).sum() + (advantages[:, 0] * picked).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for eager, fast in zip(
