@@ -12,7 +12,8 @@ MIN_DENOMINATOR = tl.constexpr(1e-6)
 
 @triton.jit
 def away_from_zero(x):
-    magnitude = tl.maximum(tl.abs(x), MIN_DENOMINATOR)
+    magnitude = tl.abs(x)
+    magnitude = tl.where(magnitude < MIN_DENOMINATOR, MIN_DENOMINATOR, magnitude)
     return tl.where(x < 0, -magnitude, magnitude)
 
 
@@ -41,7 +42,9 @@ def load_ring(
 @triton.jit
 def recap_update_kernel(
     values_ptr,  # [K] floating: the step's values
+    values_stride,
     present_ptr,  # [K] bool or None: all present
+    present_stride,
     is_reward_ptr,  # [K] bool
     ring_ptr,  # [K, 2W] float64, updated
     counts_ptr,  # [K] int64, updated: values pushed so far
@@ -52,9 +55,10 @@ def recap_update_kernel(
     priorities_ptr,  # [K]
     num_objectives,
     num_columns,  # 2W
-    temperature,
-    alpha,
-    max_rate,
+    # Annotated because Triton passes Python's numbers as float32 otherwise.
+    temperature: tl.float64,
+    alpha: tl.float64,
+    max_rate: tl.float64,
     SUM: tl.constexpr,  # priority c + i; else alpha c + (1 - alpha) i
     CURRENT: tl.constexpr,  # deviation from the newer mean; else from that of the window
     BLOCK_K: tl.constexpr,
@@ -62,11 +66,13 @@ def recap_update_kernel(
 ):
     objectives = tl.arange(0, BLOCK_K)
     is_objective = objectives < num_objectives
-    value = tl.load(values_ptr + objectives, mask=is_objective, other=0.0).to(tl.float64)
+    value = tl.load(values_ptr + objectives * values_stride, mask=is_objective, other=0.0)
+    value = value.to(tl.float64)
     # NaN and infinities are no observations.
     observed = is_objective & (tl.abs(value) < float("inf"))
     if present_ptr is not None:
-        observed = observed & (tl.load(present_ptr + objectives, mask=is_objective, other=0) != 0)
+        cells = objectives * present_stride
+        observed = observed & (tl.load(present_ptr + cells, mask=is_objective, other=0) != 0)
     before = tl.load(counts_ptr + objectives, mask=is_objective, other=0)
     counts = before + tl.where(observed, 1, 0)
     slot = tl.where(observed, (before % num_columns).to(tl.int32), -1)
@@ -99,7 +105,8 @@ def recap_update_kernel(
 
     is_reward = tl.load(is_reward_ptr + objectives, mask=is_objective, other=0) != 0
     rate = tl.where(is_reward, newer, older) / away_from_zero(tl.where(is_reward, older, newer))
-    rate = tl.minimum(tl.maximum(rate, -max_rate), max_rate)
+    # Comparisons keep NaN, which overflowing values may lead to, where minimum and maximum hide it.
+    rate = tl.where(rate > max_rate, max_rate, tl.where(rate < -max_rate, -max_rate, rate))
     instability = deviation / away_from_zero(newer + older)
     if SUM:
         priority = rate + instability
@@ -113,7 +120,7 @@ def recap_update_kernel(
     shares = tl.where(ready, tl.exp(logits - tl.where(ready, peak, 0.0)), 0.0)
     total = tl.sum(shares, axis=0)
     number = tl.sum(tl.where(ready, 1.0, 0.0), axis=0)
-    weights = tl.where(ready, shares * number / tl.where(total > 0, total, 1.0), 1.0)
+    weights = tl.where(ready, shares * number / tl.where(total == 0, 1.0, total), 1.0)
 
     # Every warp has read the counts, and the ring but for the pushed value, before one writes them.
     tl.debug_barrier()

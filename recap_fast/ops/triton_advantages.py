@@ -7,7 +7,15 @@ from torch import Tensor
 
 from recap_fast.kernels import advantages as kernels
 from recap_fast.ops.launch import launch
-from recap_fast.ops.triton_rows import BLOCK_SEQUENCES, next_power_of_2, warps_for_tile
+from recap_fast.ops.triton_rows import (
+    BLOCK_SEQUENCES,
+    MAX_REGISTERS,
+    next_power_of_2,
+    warps_for_tile,
+)
+
+TILE = 2048
+"""Rewards of a block at most, so that registers hold them whatever K."""
 
 NORMALIZATIONS = {
     "std": kernels.STD.value,
@@ -21,7 +29,9 @@ def group_advantages(
 ) -> Tensor:
     """`ops.group_advantages` for checked float32 arguments, in one launch. [S, K]."""
     s, k = rewards.shape
-    advantages = torch.empty(s, k, device=rewards.device)
+    advantages = torch.empty(s, k, dtype=torch.float32, device=rewards.device)
+    block_k = next_power_of_2(k)
+    block_s = min(BLOCK_SEQUENCES, max(1, TILE // block_k))
     launch(
         kernels.group_advantages_kernel,
         (s if k else 0,),
@@ -33,8 +43,9 @@ def group_advantages(
         num_objectives=k,
         eps=eps,
         NORMALIZE=NORMALIZATIONS[normalize],
-        BLOCK_K=next_power_of_2(k),
-        BLOCK_S=BLOCK_SEQUENCES,
-        num_warps=warps_for_tile(next_power_of_2(k) * BLOCK_SEQUENCES),
+        BLOCK_K=block_k,
+        BLOCK_S=block_s,
+        num_warps=warps_for_tile(block_k * block_s),
+        maxnreg=MAX_REGISTERS,
     )
     return advantages

@@ -12,7 +12,8 @@ from recap_fast.kernels.reweighting import recap_update_kernel
 from recap_fast.ops.launch import launch
 from recap_fast.ops.triton_rows import MAX_REGISTERS, next_power_of_2, warps_for_tile
 
-BLOCK_COLUMNS = 32
+TILE = 1024
+"""Values of the ring that a block holds at most: few enough for registers whatever K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,17 @@ def recap_update(
         alpha, max_rate, from_current_mean: see `RecapReweighter`.
     """
     k, columns = state.ring.shape
+    block_k = next_power_of_2(k)
+    block_columns = min(next_power_of_2(columns), max(1, TILE // block_k))
     returned = torch.empty_like(state.weights)
     launch(
         recap_update_kernel,
         (1,),
         values.device,
-        values_ptr=values.contiguous(),
-        present_ptr=None if present is None else present.contiguous(),
+        values_ptr=values,  # with its stride: a copy would be another launch
+        values_stride=values.stride(0),
+        present_ptr=present,
+        present_stride=0 if present is None else present.stride(0),
         is_reward_ptr=is_reward,
         ring_ptr=state.ring,
         counts_ptr=state.counts,
@@ -69,9 +74,9 @@ def recap_update(
         max_rate=math.inf if max_rate is None else max_rate,
         SUM=alpha is None,
         CURRENT=from_current_mean,
-        BLOCK_K=next_power_of_2(k),
-        BLOCK_C=BLOCK_COLUMNS,
-        num_warps=warps_for_tile(next_power_of_2(k) * BLOCK_COLUMNS),
+        BLOCK_K=block_k,
+        BLOCK_C=block_columns,
+        num_warps=warps_for_tile(block_k * block_columns),
         maxnreg=MAX_REGISTERS,
     )
     return returned
