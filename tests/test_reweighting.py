@@ -94,6 +94,16 @@ POSITIVE = st.floats(2.0**-10, 1000.0, width=32)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_recap_is_algorithm_2(data: st.DataObject) -> None:
+    check_algorithm_2(data, in_one_launch=False)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_recap_in_one_launch_is_algorithm_2(data: st.DataObject) -> None:
+    check_algorithm_2(data, in_one_launch=True)
+
+
+def check_algorithm_2(data: st.DataObject, in_one_launch: bool) -> None:
     count = data.draw(st.integers(1, 6), "K")
     window = data.draw(st.integers(1, 12), "W")
     options: dict[str, Any] = {
@@ -111,6 +121,7 @@ def test_recap_is_algorithm_2(data: st.DataObject) -> None:
     row = st.lists(cell, min_size=count, max_size=count)
     steps = data.draw(st.lists(row, min_size=2 * window, max_size=5 * window + 3))
     reweighter = RecapReweighter(count, **options)
+    reweighter._in_one_launch = in_one_launch  # else only on CUDA
     histories: list[list[float]] = [[] for _ in range(count)]
     for step in steps:
         for history, x in zip(histories, step, strict=True):
