@@ -69,6 +69,9 @@ def test_no_host_sync_around_the_kernels(config):
 
 
 def test_kernels_make_the_same_step(config, request):
+    # With its usual eps AdamW's first step is lr times a sign: roundings of tiny gradients show.
+    optimizer = config.optimizer.model_copy(update={"eps": 1.0})
+    config = config.model_copy(update={"optimizer": optimizer})
     results = []
     for kernels in (False, True):
         if kernels:
@@ -76,11 +79,10 @@ def test_kernels_make_the_same_step(config, request):
         policy = tiny_policy()
         optimizer = PolicyOptimizer(policy, tiny_policy(seed=1), config)
         update = make_update(config, max_tokens=60, kl_coef=0.1)
-        stats = optimizer.step(update, torch.tensor([0.5, 1.5, 1.0]), 1e-3)
+        stats = optimizer.step(update, torch.tensor([0.5, 1.5, 1.0]), 1.0)
         results.append([stats.objective_losses, stats.kl, stats.grad_norm, *parameters(policy)])
-    # AdamW's first step is lr times a sign, nearly: roundings of small gradients show.
     for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu
