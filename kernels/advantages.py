@@ -108,7 +108,7 @@ def group_advantage(
     return advantage.to(tl.float32), present
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def group_advantages_kernel(
     rewards_ptr,  # [S, K] float32, NaN where absent
     group_ids_ptr,  # [S] integers

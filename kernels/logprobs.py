@@ -11,7 +11,15 @@ from recap_fast.kernels.softmax import LN_2, row_statistics, store_gradient, sto
 IGNORED_TARGET = tl.constexpr(-100)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "targets_ptr",
+        "logprobs_ptr",
+        "entropy_ptr",
+        "by_logprob_ptr",
+        "by_entropy_ptr",
+    ],
+)
 def logprobs_kernel(
     logits_ptr,  # [C, V], rows `logits_stride` apart
     logits_stride,

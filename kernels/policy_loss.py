@@ -22,7 +22,30 @@ APPLIES = tl.constexpr(1)
 CLIPPED = tl.constexpr(2)
 
 
-@triton.jit
+# What varies from batch to batch must not compile anew where it happens to divide by 16.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=[
+        "targets_ptr",
+        "sequence_ids_ptr",
+        "token_objectives_ptr",
+        "scale_ptr",
+        "table_ptr",
+        "group_ids_ptr",
+        "denominators_ptr",
+        "regulariser_ptr",
+        "weights_ptr",
+        "old_ptr",
+        "ref_ptr",
+        "rollout_ptr",
+        "logprobs_ptr",
+        "entropy_ptr",
+        "kl_ptr",
+        "penalty_ptr",
+        "terms_ptr",
+        "applied_ptr",
+    ],
+)
 def policy_loss_kernel(
     logits_ptr,  # [C, V], rows `logits_stride` apart
     logits_stride,
@@ -134,7 +157,7 @@ def policy_loss_kernel(
     tl.store(entropy_ptr + row, entropy)
 
     # The ratio to the old policy and its surrogate.
-    ratio = tl.full([], 1.0, tl.float32)
+    ratio = tl.where(logprob == logprob, 1.0, logprob)  # NaN must show in the loss
     moves = tl.full([], True, tl.int1)
     if old_ptr is not None:
         log_ratio = tl.where(is_policy, logprob - old, 0.0)

@@ -35,7 +35,7 @@ def tanh(x):
 @triton.jit
 def load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits at `columns` after the softcap, -inf past the row's end, and their slope."""
-    inside = columns < size
+    inside = (columns >= 0) & (columns < size)
     z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     slope = 1.0
     if HAS_SOFTCAP:
@@ -70,6 +70,8 @@ def row_statistics(
     peak = tl.full([LANES], float("-inf"), tl.float32)
     # Read before the reductions below, whose barriers keep other warps from overwriting the row.
     z_target, target_slope = load_capped(row_ptr, target, size, softcap, HAS_SOFTCAP)
+    # No target of this vocabulary: NaN, where an index error would have to wait for the device.
+    z_target = tl.where((target >= 0) & (target < size), z_target, float("nan"))
     total = tl.zeros([LANES], tl.float32)  # of 2^bits
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
     for start in range(0, size, BLOCK_V):
@@ -144,7 +146,11 @@ def store_gradient(
         surprise = tl.maximum(log2_p_target, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)
         gradient -= by_bits * p_target * (surprise + entropy)
     tl.debug_barrier()  # after the store of the loop
-    tl.store(gradient_ptr + target, (gradient * target_slope).to(gradient_ptr.dtype.element_ty))
+    tl.store(
+        gradient_ptr + target,
+        (gradient * target_slope).to(gradient_ptr.dtype.element_ty),
+        mask=(target >= 0) & (target < size),
+    )
 
 
 @triton.jit

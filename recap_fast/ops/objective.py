@@ -30,7 +30,7 @@ def importance_ratio(
     """
     if tokens.old is None:
         ones = torch.ones_like(logprobs)
-        return ones, ones
+        return ones.where(~logprobs.isnan(), logprobs), ones  # NaN must show in the loss
     log_ratio = (logprobs - tokens.old).where(tokens.policy, 0.0)
     if config.ratio_level == "sequence":
         log_ratio = mean_over_sequence(tokens, log_ratio)

@@ -53,7 +53,9 @@ def fused_linear_policy_loss(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64; already predicts `targets`. Its dtype
             is that of the GEMMs; weight and bias are cast to it, their gradients summed in float32
-            and returned in their own dtype. Rows may be strided; no copy is made of them.
+            and returned in their own dtype. Rows may be strided; no copy is made of them. float16
+            gradients are made before a loss scaler's factor is known, and small ones vanish:
+            prefer bfloat16, or put the factor into `objective_weights`.
         weight: [V, H]; may be frozen, and may be the embedding too (a tied head).
         targets: [N] int64; -100 is ignored and gets no gradient.
         sequence_ids: [N] int32 or int64 in [0, S); any value at ignored targets.
@@ -74,7 +76,8 @@ def fused_linear_policy_loss(
         weight_grad: [V, H] float32, contiguous, such as Megatron's main_grad: the weight's gradient
             is added to it in the forward pass, and none reaches `weight` through autograd. The
             loss must then be backpropagated as it is: a factor put on it later would miss this
-            gradient (put it into `objective_weights`).
+            gradient (put it into `objective_weights`), and a forward pass that is run twice, as
+            under activation checkpointing, adds it twice.
         config: the loss's constants. `logits_dtype` "float32" asks the GEMM for float32 logits of
             bfloat16 operands, which torch offers on CUDA; its CPU GEMM leaves bfloat16.
         impl: "triton" (chunked, one kernel between the GEMMs), "torch" (chunked), "reference"
@@ -119,22 +122,10 @@ def fused_linear_policy_loss(
     learns = torch.is_grad_enabled()
     learns_weight = learns and (weight.requires_grad or weight_grad is not None)
     loss, losses, logprobs, entropy, kl, clip_fraction, table, *gradients = _policy_loss(
-        hidden.detach(),
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        targets,
-        sequence_ids,
-        rewards,
-        advantages,
-        group_ids,
-        objective_weights,
-        token_objectives,
-        old_logprobs,
-        ref_logprobs,
-        rollout_logprobs,
-        denominators,
-        kl_denominator,
-        weight_grad,
+        *(_detached(x) for x in (hidden, weight, bias, targets, sequence_ids)),
+        *(_detached(x) for x in (rewards, advantages, group_ids, objective_weights)),
+        *(_detached(x) for x in (token_objectives, old_logprobs, ref_logprobs, rollout_logprobs)),
+        *(_detached(x) for x in (denominators, kl_denominator, weight_grad)),
         want_hidden=learns and hidden.requires_grad,
         want_weight=learns_weight,
         want_bias=learns and bias is not None and bias.requires_grad,
@@ -165,6 +156,11 @@ def fused_linear_policy_loss(
         clip_fraction=clip_fraction,
         advantages=table,
     )
+
+
+def _detached(value: Any) -> Any:
+    """The loss learns through hidden, weight and bias, and what it attaches to them itself."""
+    return None if value is None else value.detach()
 
 
 # A custom operator, so that torch.compile meets one opaque call without a graph break. Operators

@@ -50,7 +50,8 @@ SMALL_WARPS = 4
 
 def row_launch(logits: Tensor) -> RowLaunch:
     """The configuration for rows of logits [C, V]; smaller blocks for small vocabularies."""
-    aligned = logits.shape[1] % ALIGNMENT == 0 and logits.stride(0) % ALIGNMENT == 0
+    offsets = (logits.shape[1], logits.stride(0), logits.data_ptr())
+    aligned = all(offset % ALIGNMENT == 0 for offset in offsets)
     best = (LAUNCHES if aligned else UNALIGNED_LAUNCHES)[logits.element_size()]
     columns = max(next_power_of_2(logits.shape[1]), ALIGNMENT)
     return best if columns >= best.block else RowLaunch(columns, best.group, SMALL_WARPS)

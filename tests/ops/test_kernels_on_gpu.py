@@ -34,7 +34,8 @@ def test_error_is_bounded_by_that_of_eager(impl: str, batch: Batch, dtype: torch
     for name, exact in truth.items():
         if name == "clip_fraction":  # a ratio within rounding of a bound may fall on either side
             continue
-        scale = 1 + distance(exact, torch.zeros_like(exact))
+        # A gradient of zeros must not pass: its rounding is relative to its size, nearly.
+        scale = distance(exact, torch.zeros_like(exact)) + (0.02 if name.startswith("d_") else 1)
         assert distance(ours[name], exact) <= 1.5 * distance(eager[name], exact) + tiny * scale
 
 
