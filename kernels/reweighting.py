@@ -39,7 +39,11 @@ def load_ring(
     return tl.where(columns[None, :] == slot[:, None], value[:, None], ring), columns, inside
 
 
-@triton.jit
+# One compilation whatever row or column of a table the values are: none may wait inside a capture.
+@triton.jit(
+    do_not_specialize=["values_stride", "present_stride"],
+    do_not_specialize_on_alignment=["values_ptr", "present_ptr"],
+)
 def recap_update_kernel(
     values_ptr,  # [K] floating: the step's values
     values_stride,

@@ -108,14 +108,18 @@ def test_a_hundred_objectives() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of the overflow
 @pytest.mark.parametrize("max_rate", [None, 10.0])
 @pytest.mark.parametrize("values", [(1e200, 2e200), (1e308, 1.7e308), (1e308, 1e-300)])
-def test_overflow_shows(values: tuple[float, float], max_rate: float | None) -> None:
-    pair = [make(2, window=2, max_rate=max_rate) for make in (_fused, RecapReweighter)]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_overflow_shows(values: tuple[float, float], max_rate: float | None, device: str) -> None:
+    options: dict[str, Any] = {"window": 2, "max_rate": max_rate}
+    fused, plain = _fused(2, device=device, **options), RecapReweighter(2, **options)
     for step in range(4):
         row = torch.tensor([values[step % 2], 1.0 + step], dtype=torch.float64)
-        for reweighter in pair:
-            reweighter.update(row)
-    _compare(*pair)
-    assert pair[0].weights.isnan().all()
+        fused.update(row.to(device))
+        plain.update(row)
+    for name in PUBLISHED:
+        mine, theirs = getattr(fused, name).cpu(), getattr(plain, name)
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert fused.weights.isnan().all()
 
 
 def test_negative_zero_and_tiny_means() -> None:
