@@ -46,9 +46,11 @@ if [[ -n "${WHEELS:-}" ]]; then
     export PYTHONPATH="$work/site:$PYTHONPATH"
 fi
 
-device="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 |
-  tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')"
-results="${OUT:-benchmarks/results/${device:-cpu}}"
+# As torch names it: a machine may have no nvidia-smi.
+device="$("$PYTHON" -c 'import torch
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")' |
+  tail -n 1 | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')"
+results="${OUT:-benchmarks/results/$device}"
 mkdir -p "$results"
 
 status=0

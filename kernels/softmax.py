@@ -35,7 +35,7 @@ def tanh(x):
 @triton.jit
 def load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits at `columns` after the softcap, -inf past the row's end, and their slope."""
-    inside = (columns >= 0) & (columns < size)
+    inside = columns < size
     z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     slope = 1.0
     if HAS_SOFTCAP:
@@ -69,9 +69,11 @@ def row_statistics(
     to_bits = inverse_temperature * LOG2_E
     peak = tl.full([LANES], float("-inf"), tl.float32)
     # Read before the reductions below, whose barriers keep other warps from overwriting the row.
-    z_target, target_slope = load_capped(row_ptr, target, size, softcap, HAS_SOFTCAP)
     # No target of this vocabulary: NaN, where an index error would have to wait for the device.
-    z_target = tl.where((target >= 0) & (target < size), z_target, float("nan"))
+    known = (target >= 0) & (target < size)
+    column = tl.where(known, target, 0)
+    z_target, target_slope = load_capped(row_ptr, column, size, softcap, HAS_SOFTCAP)
+    z_target = tl.where(known, z_target, float("nan"))
     total = tl.zeros([LANES], tl.float32)  # of 2^bits
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
     for start in range(0, size, BLOCK_V):
