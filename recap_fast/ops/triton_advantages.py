@@ -8,14 +8,11 @@ from torch import Tensor
 from recap_fast.kernels import advantages as kernels
 from recap_fast.ops.launch import launch
 from recap_fast.ops.triton_rows import (
-    BLOCK_SEQUENCES,
     MAX_REGISTERS,
     next_power_of_2,
+    rewards_block,
     warps_for_tile,
 )
-
-TILE = 2048
-"""Rewards of a block at most, so that registers hold them whatever K."""
 
 NORMALIZATIONS = {
     "std": kernels.STD.value,
@@ -31,7 +28,7 @@ def group_advantages(
     s, k = rewards.shape
     advantages = torch.empty(s, k, dtype=torch.float32, device=rewards.device)
     block_k = next_power_of_2(k)
-    block_s = min(BLOCK_SEQUENCES, max(1, TILE // block_k))
+    block_s = rewards_block(k)
     launch(
         kernels.group_advantages_kernel,
         (s if k else 0,),

@@ -21,6 +21,8 @@ from recap_fast.ops.tokens import TokenScales
 
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 BLOCK_SEQUENCES = 64
+TILE = 2048
+"""Rewards [sequences, objectives] of a block at most, so that registers hold them whatever K."""
 
 MAX_REGISTERS = 128
 """Of a thread. Without a bound of ours the assembler spills a few to fit one more program."""
@@ -59,6 +61,11 @@ def row_launch(logits: Tensor) -> RowLaunch:
 
 def next_power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
+
+
+def rewards_block(num_objectives: int) -> int:
+    """Sequences of a block of rewards [S, K]."""
+    return min(BLOCK_SEQUENCES, max(1, TILE // next_power_of_2(num_objectives)))
 
 
 def warps_for_tile(elements: int) -> int:
@@ -218,7 +225,7 @@ class PolicyRows:
             HAS_SOFTCAP=c.logit_softcap is not None,
             BLOCK_V=how.block,
             GROUP=how.group,
-            BLOCK_S=BLOCK_SEQUENCES,
+            BLOCK_S=rewards_block(self._table.shape[1]),
             BLOCK_K=next_power_of_2(self._table.shape[1]),
             num_warps=how.warps,
             maxnreg=how.registers,
