@@ -40,7 +40,6 @@ class Head:
     temperature: float
     softcap: float | None
     bfloat16_logits: bool
-    weight_dtype: torch.dtype  # as given, which is what its gradient will have
 
     @property
     def gemm_dtype(self) -> torch.dtype:
@@ -65,8 +64,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """Result of a sweep. Weight and bias gradients are summed in the statistics' dtype, and may
-    come rounded to the weight's."""
+    """Result of a sweep. Weight and bias gradients are summed in the statistics' dtype."""
 
     logprobs: Tensor  # [N]
     entropy: Tensor  # [N]
@@ -75,84 +73,21 @@ class Swept:
     d_bias: Tensor | None  # [V]
 
     @classmethod
-    def allocate(cls, head: Head, wanted: Wanted, d_weight: Tensor | None) -> Swept:
+    def allocate(cls, head: Head, wanted: Wanted, weight_grad: Tensor | None = None) -> Swept:
         (n, h), v = head.hidden.shape, head.weight.shape[0]
         full = statistics_dtype(head.hidden.dtype)
         device = head.hidden.device
+        # The first chunk writes d_weight without reading it; without tokens there is none.
+        new = torch.empty if n else torch.zeros
+        if wanted.weight and weight_grad is None:
+            weight_grad = new(v, h, dtype=full, device=device)
         return cls(
             logprobs=torch.empty(n, dtype=full, device=device),
             entropy=torch.empty(n, dtype=full, device=device),
             d_hidden=head.hidden.new_empty(n, h) if wanted.hidden else None,
-            d_weight=d_weight if wanted.weight else None,
+            d_weight=weight_grad if wanted.weight else None,
             d_bias=torch.zeros(v, dtype=full, device=device) if wanted.bias else None,
         )
-
-
-class WeightSum:
-    """dW [V, H], summed over chunks in float32 (float64 for float64 operands).
-
-    torch's CPU GEMMs have no float32 result for 16-bit operands: there each chunk's part is made
-    in slices and added. The last chunk then writes the rounded gradient instead of the sum, which
-    saves a pass over both, and a single chunk needs no sum at all.
-
-    Args:
-        given: a buffer to add to, which becomes the result; None: a new one.
-    """
-
-    def __init__(self, head: Head, num_chunks: int, given: Tensor | None) -> None:
-        (n, h), v = head.hidden.shape, head.weight.shape[0]
-        full = statistics_dtype(head.hidden.dtype)
-        self._in_slices = head.hidden.dtype != full and not head.hidden.is_cuda
-        self._left = num_chunks
-        self._is_new = given is None
-        self._rounded: Tensor | None = None
-        if self._in_slices and given is None and head.weight_dtype == head.hidden.dtype and n:
-            self._rounded = head.hidden.new_empty(v, h)
-        # The first chunk writes the sum without reading it; without tokens there is none.
-        new = torch.empty if n else torch.zeros
-        needs_sum = self._rounded is None or num_chunks > 1
-        if given is None and needs_sum:
-            given = new(v, h, dtype=full, device=head.hidden.device)
-        self._sum = given
-
-    @property
-    def result(self) -> Tensor:
-        result = self._sum if self._rounded is None else self._rounded
-        assert result is not None
-        return result
-
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Add gradient [C, V].T @ hidden [C, H] of the next chunk."""
-        self._left -= 1
-        if self._in_slices:
-            self._add_in_slices(gradient, hidden)
-        else:
-            assert self._sum is not None
-            total, beta = self._sum, 0.0 if self._is_new else 1.0
-            if total.dtype == hidden.dtype:
-                torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
-            else:
-                torch.addmm(
-                    total, gradient.t(), hidden, out_dtype=total.dtype, beta=beta, out=total
-                )
-        self._is_new = False
-
-    def _add_in_slices(self, gradient: Tensor, hidden: Tensor) -> None:
-        rounded = self._rounded if self._left == 0 else None
-        for start in range(0, gradient.shape[1], WEIGHT_ROWS):
-            rows = slice(start, start + WEIGHT_ROWS)
-            columns = gradient[:, rows].t()
-            if rounded is not None and self._is_new:
-                torch.mm(columns, hidden, out=rounded[rows])
-                continue
-            assert self._sum is not None
-            part = torch.mm(columns, hidden)
-            if rounded is not None:
-                rounded[rows] = self._sum[rows] + part
-            elif self._is_new:
-                self._sum[rows] = part
-            else:
-                self._sum[rows] += part
 
 
 def make_head(
@@ -176,7 +111,6 @@ def make_head(
         temperature=temperature,
         softcap=softcap,
         bfloat16_logits=logits_dtype == "bfloat16" and hidden.dtype != torch.float64,
-        weight_dtype=weight.dtype,
     )
 
 
@@ -228,9 +162,8 @@ def sweep(head: Head, wanted: Wanted, stage: RowStage, weight_grad: Tensor | Non
     """
     n, v = head.hidden.shape[0], head.weight.shape[0]
     device, dtype = head.hidden.device, head.gemm_dtype
+    result = Swept.allocate(head, wanted, weight_grad)
     chunk = max(1, min(n, chunk_rows(v, device)))
-    weight_sum = WeightSum(head, -(-n // chunk), weight_grad) if wanted.weight else None
-    result = Swept.allocate(head, wanted, None if weight_sum is None else weight_sum.result)
     logits = torch.empty(chunk, v, dtype=dtype, device=device)
     gradient = None
     if wanted.any():
@@ -244,7 +177,8 @@ def sweep(head: Head, wanted: Wanted, stage: RowStage, weight_grad: Tensor | Non
             part = None if gradient is None else gradient[:tokens]
             stage.run(logits[:tokens], rows, part, result)
             if part is not None:
-                _add_gradients(head, rows, part, result, weight_sum)
+                is_first = start == 0 and weight_grad is None
+                _add_gradients(head, rows, part, result, is_first)
     return result
 
 
@@ -270,13 +204,32 @@ def _logits_gemm(head: Head, rows: slice, out: Tensor) -> None:
 
 
 def _add_gradients(
-    head: Head, rows: slice, gradient: Tensor, result: Swept, weight_sum: WeightSum | None
+    head: Head, rows: slice, gradient: Tensor, result: Swept, is_first: bool
 ) -> None:
     """GEMMs of one chunk from its logits' gradient [C, V]."""
     hidden = head.hidden[rows]
     if result.d_hidden is not None:
         torch.mm(gradient, head.weight, out=result.d_hidden[rows])
-    if weight_sum is not None:
-        weight_sum.add(gradient, hidden)
+    if result.d_weight is not None:
+        _accumulate_weight(result.d_weight, gradient, hidden, is_first)
     if result.d_bias is not None:
         result.d_bias.add_(gradient.sum(0, dtype=result.d_bias.dtype))
+
+
+def _accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """total [V, H] += gradient [C, V].T @ hidden [C, H], summed over chunks in total's dtype."""
+    beta = 0.0 if is_first else 1.0
+    if total.dtype == hidden.dtype:
+        torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # torch's CPU GEMM has no float32 result for bfloat16 operands
+        part = hidden.new_empty(min(WEIGHT_ROWS, total.shape[0]), total.shape[1])
+        for start in range(0, total.shape[0], WEIGHT_ROWS):
+            some = total[start : start + WEIGHT_ROWS]
+            columns = gradient[:, start : start + WEIGHT_ROWS]
+            product = torch.mm(columns.t(), hidden, out=part[: some.shape[0]])
+            if is_first:
+                some.copy_(product)
+            else:
+                some.add_(product)
