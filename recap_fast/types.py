@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,6 +36,19 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image of a row, as the model's image processor prepared it.
+
+    In the row's tokens it stands as height * width / merge_size^2 image tokens, with the vision
+    start and end tokens around them where the model has them.
+    """
+
+    image: Image  # RGB, already resized as configured: for engines with a processor of their own
+    patches: Tensor  # [time * height * width, D] float32, in the processor's order
+    grid: tuple[int, int, int]  # patches along time (1 for an image), height, width
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of an rl source, templated and tokenised."""
 
@@ -41,6 +58,7 @@ class Prompt:
     text: str  # the user's turn after the prompt template, for reports
     answer: Any  # ground truth, as the source gives it
     entry: Mapping[str, Any]  # the source's whole row, for verifiers
+    images: tuple[ImageInput, ...] = ()  # in the order of their tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,7 @@ class SupervisedRow:
     row: int
     token_ids: list[int]
     num_prompt_tokens: int
+    images: tuple[ImageInput, ...] = ()  # all of them in the prompt
 
 
 @dataclass(frozen=True, slots=True)
