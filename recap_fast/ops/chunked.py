@@ -11,6 +11,7 @@ so a token meets the same arithmetic whatever the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 import torch
@@ -19,12 +20,16 @@ from torch import Tensor
 from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
-CHUNK_ELEMENTS = {"cpu": 25_200_000, "cuda": 625_000_000}
+CHUNK_ELEMENTS = {"cpu": 37_800_000, "cuda": 625_000_000}
 """Logits of a chunk, whatever N is. Each chunk adds its dW to a float32 sum, a read and a write of
-[V, H] that costs more than all element-wise passes unless chunks are few. CPU: 48 MiB of bfloat16
+[V, H] that costs more than all element-wise passes unless chunks are few. CPU: 72 MiB of bfloat16
 logits. CUDA: 4096 rows of a vocabulary of 152k (docs/performance.md)."""
 GEMM_TILE = 128
 """Rows of a chunk are a multiple of it where they are more: 691 rows were slower than 512."""
+HALF_SUM_CHUNKS = 3
+"""Chunks whose dW a CPU sums in bfloat16. Its GEMM adds in float32 and rounds once, so c chunks
+leave a rounding error of variance (1 + 2 + ... + c) / c; a float32 sum of the bfloat16 products
+that torch's GEMM gives, rounded at the end, leaves 2. They are equal at 3."""
 WEIGHT_ROWS = 4096
 """Rows of the weight gradient that one bfloat16 CPU GEMM makes before they are added in float32."""
 
@@ -40,6 +45,7 @@ class Head:
     temperature: float
     softcap: float | None
     bfloat16_logits: bool
+    parameter_dtype: torch.dtype  # what the weight was cast from, and its gradient is cast to
 
     @property
     def gemm_dtype(self) -> torch.dtype:
@@ -48,6 +54,13 @@ class Head:
         if is_half and self.hidden.is_cuda and not self.bfloat16_logits:
             return torch.float32
         return self.hidden.dtype
+
+    def weight_sum_dtype(self, chunks: int) -> torch.dtype:
+        """In what dtype the weight's gradient is summed over chunks."""
+        is_half = self.hidden.dtype == self.parameter_dtype == torch.bfloat16
+        if is_half and self.hidden.device.type == "cpu" and chunks <= HALF_SUM_CHUNKS:
+            return torch.bfloat16
+        return statistics_dtype(self.hidden.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +77,25 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """Result of a sweep. Weight and bias gradients are summed in the statistics' dtype."""
+    """Result of a sweep."""
 
     logprobs: Tensor  # [N]
     entropy: Tensor  # [N]
     d_hidden: Tensor | None  # [N, H], dtype of hidden
-    d_weight: Tensor | None  # [V, H]
-    d_bias: Tensor | None  # [V]
+    d_weight: Tensor | None  # [V, H], dtype of `Head.weight_sum_dtype`
+    d_bias: Tensor | None  # [V], in the statistics' dtype
 
     @classmethod
-    def allocate(cls, head: Head, wanted: Wanted, weight_grad: Tensor | None = None) -> Swept:
+    def allocate(
+        cls, head: Head, wanted: Wanted, chunks: int, weight_grad: Tensor | None = None
+    ) -> Swept:
         (n, h), v = head.hidden.shape, head.weight.shape[0]
         full = statistics_dtype(head.hidden.dtype)
         device = head.hidden.device
         # The first chunk writes d_weight without reading it; without tokens there is none.
         new = torch.empty if n else torch.zeros
         if wanted.weight and weight_grad is None:
-            weight_grad = new(v, h, dtype=full, device=device)
+            weight_grad = new(v, h, dtype=head.weight_sum_dtype(chunks), device=device)
         return cls(
             logprobs=torch.empty(n, dtype=full, device=device),
             entropy=torch.empty(n, dtype=full, device=device),
@@ -111,6 +126,7 @@ def make_head(
         temperature=temperature,
         softcap=softcap,
         bfloat16_logits=logits_dtype == "bfloat16" and hidden.dtype != torch.float64,
+        parameter_dtype=weight.dtype,
     )
 
 
@@ -162,8 +178,8 @@ def sweep(head: Head, wanted: Wanted, stage: RowStage, weight_grad: Tensor | Non
     """
     n, v = head.hidden.shape[0], head.weight.shape[0]
     device, dtype = head.hidden.device, head.gemm_dtype
-    result = Swept.allocate(head, wanted, weight_grad)
     chunk = max(1, min(n, chunk_rows(v, device)))
+    result = Swept.allocate(head, wanted, ceil(n / chunk), weight_grad)
     logits = torch.empty(chunk, v, dtype=dtype, device=device)
     gradient = None
     if wanted.any():
