@@ -112,21 +112,18 @@ class RecapReweighter(WindowedReweighter):
     def _advance(self, values: Tensor, present: Tensor | None, deviations: Tensor | None) -> Tensor:
         if not self._in_one_launch:
             return super()._advance(values, present, deviations)
-        from recap_fast.ops.triton_reweighting import RecapState, recap_update
+        from recap_fast.ops.triton_reweighting import recap_update
 
-        state = RecapState(
+        return recap_update(
+            values,
+            present,
+            self._is_reward,
             ring=self._values,
             counts=self._counts,
             weights=self.weights,
             rates=self.rates,
             instabilities=self.instabilities,
             priorities=self.priorities,
-        )
-        return recap_update(
-            values,
-            present,
-            self._is_reward,
-            state,
             temperature=self.temperature,
             alpha=self.alpha,
             max_rate=self.max_rate,

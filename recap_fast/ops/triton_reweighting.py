@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,41 +15,41 @@ TILE = 1024
 """Values of the ring that a block holds at most: few enough for registers whatever K."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecapState:
-    """Buffers at fixed addresses, which an update overwrites."""
-
-    ring: Tensor  # [K, 2W] float64
-    counts: Tensor  # [K] int64
-    weights: Tensor  # [K] float32, like the rest
-    rates: Tensor  # [K]
-    instabilities: Tensor  # [K]
-    priorities: Tensor  # [K]
-
-
+@torch.library.custom_op(
+    "recap_fast::recap_update",
+    mutates_args=("ring", "counts", "weights", "rates", "instabilities", "priorities"),
+)
 def recap_update(
     values: Tensor,
     present: Tensor | None,
     is_reward: Tensor,
-    state: RecapState,
+    ring: Tensor,
+    counts: Tensor,
+    weights: Tensor,
+    rates: Tensor,
+    instabilities: Tensor,
+    priorities: Tensor,
     *,
     temperature: float,
     alpha: float | None,
     max_rate: float | None,
     from_current_mean: bool,
 ) -> Tensor:
-    """One update in one launch: `state` is advanced; returns a copy of its weights [K].
+    """One update in one launch: the state is advanced in place; returns a copy of its weights [K].
 
     Args:
         values: [K] floating. NaN and infinite ones count as absent.
         present: [K] bool, or None.
         is_reward: [K] bool: which signals improve by rising.
+        ring: [K, 2W] float64, the state, as is what follows: buffers at fixed addresses.
+        counts: [K] int64.
+        weights, rates, instabilities, priorities: [K] float32; only written.
         alpha, max_rate, from_current_mean: see `RecapReweighter`.
     """
-    k, columns = state.ring.shape
+    k, columns = ring.shape
     block_k = next_power_of_2(k)
     block_columns = min(next_power_of_2(columns), max(1, TILE // block_k))
-    returned = torch.empty_like(state.weights)
+    returned = torch.empty_like(weights)
     launch(
         recap_update_kernel,
         (1,),
@@ -60,13 +59,13 @@ def recap_update(
         present_ptr=present,
         present_stride=0 if present is None else present.stride(0),
         is_reward_ptr=is_reward,
-        ring_ptr=state.ring,
-        counts_ptr=state.counts,
-        weights_ptr=state.weights,
+        ring_ptr=ring,
+        counts_ptr=counts,
+        weights_ptr=weights,
         returned_ptr=returned,
-        rates_ptr=state.rates,
-        instabilities_ptr=state.instabilities,
-        priorities_ptr=state.priorities,
+        rates_ptr=rates,
+        instabilities_ptr=instabilities,
+        priorities_ptr=priorities,
         num_objectives=k,
         num_columns=columns,
         temperature=temperature,
@@ -80,3 +79,8 @@ def recap_update(
         maxnreg=MAX_REGISTERS,
     )
     return returned
+
+
+@recap_update.register_fake
+def _(values: Tensor, *others: Tensor | None, **settings: object) -> Tensor:
+    return values.new_empty(values.shape, dtype=torch.float32)

@@ -123,6 +123,30 @@ def test_chunk_size_does_not_change_results(
                 torch.testing.assert_close(parts[name], value, msg=name)
 
 
+@pytest.mark.parametrize(("chunks", "dtype"), [(1, "bf16"), (3, "bf16"), (4, "fp32"), (12, "fp32")])
+def test_sums_over_any_number_of_chunks_are_as_good_as_one_of_float32(
+    chunks: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rounding of the sum, and one of each summand: sqrt(2) times a single rounding's error."""
+    batch = random_batch(n=1536, h=32, v=512)
+    exact = batch.run("torch", torch.float64, rounded=torch.bfloat16)
+    single = batch.run("torch", torch.bfloat16)["d_weight"]
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 1536 // chunks * 512)
+    summed = []
+    accumulate = chunked._accumulate_weight
+    monkeypatch.setattr(
+        chunked,
+        "_accumulate_weight",
+        lambda total, *rest: (summed.append(total.dtype), accumulate(total, *rest)),
+    )
+    got = batch.run("torch", torch.bfloat16)["d_weight"]
+    assert summed == [torch.bfloat16 if dtype == "bf16" else torch.float32] * chunks
+    error, single_error = (
+        (x.double() - exact["d_weight"]).norm() / exact["d_weight"].norm() for x in (got, single)
+    )
+    assert error < 1.5 * single_error
+
+
 @impls
 def test_a_token_gets_the_same_log_prob_in_any_batch(
     impl: str, monkeypatch: pytest.MonkeyPatch

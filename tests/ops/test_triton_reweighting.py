@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from recap_fast import RecapReweighter
 from recap_fast.ops.launch import Launch, recording
+from recap_fast.ops.triton_reweighting import recap_update
 from tests.no_sync import ForbidHostSync
 
 PUBLISHED = ("weights", "rates", "instabilities", "priorities")
@@ -185,6 +187,36 @@ def test_one_launch_and_no_sync() -> None:
     with ForbidHostSync(), recording(launches.append):
         reweighter.update(values, present)
     assert [launch.grid for launch in launches] == [(1,)]
+
+
+@pytest.mark.parametrize("with_presence", [True, False])
+def test_operator(with_presence: bool) -> None:
+    reweighter = _fused(3, window=2)
+    (values, present), *_ = _steps(3, 1, 3)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.recap_fast.recap_update.default:
+                calls.append((args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        reweighter.update(values, present if with_presence else None)
+    [(arguments, keywords)] = calls
+    torch.library.opcheck(recap_update, arguments, keywords)
+
+
+@pytest.mark.parametrize("in_one_launch", [True, False])
+def test_compiles_without_a_graph_break(in_one_launch: bool) -> None:
+    pair = [RecapReweighter(3, window=2) for _ in range(2)]
+    pair[0]._in_one_launch = in_one_launch
+    compiled = torch.compile(pair[0].update, fullgraph=True, backend="aot_eager")
+    for values, present in _steps(4, 7, 3):
+        torch.testing.assert_close(compiled(values, present), pair[1].update(values, present))
+    _compare(*pair)
 
 
 def test_a_cpu_keeps_to_torch() -> None:
