@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="GRPO with replay, dynamic objective weights and fused losses.",
 )
+reproduce = typer.Typer(no_args_is_help=True, help="Run the paper's experiments.")
+app.add_typer(reproduce, name="reproduce")
 _console = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
@@ -140,6 +142,33 @@ def doctor() -> None:
     from recap_fast.doctor import run_doctor
 
     raise SystemExit(run_doctor())
+
+
+@reproduce.command()
+def toy(
+    output: Annotated[Path, typer.Option(help="folder for tables, JSON and figures")] = Path(
+        "runs/reproduce/toy"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="2,000 steps, 2 seeds")] = False,
+    steps: Annotated[int | None, typer.Option(min=20, help="steps; 10,000")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="noise seeds; 10")] = None,
+) -> None:
+    """Two losses, five starts, noise: every reweighting method, and RECAP's parameters."""
+    from recap_fast.reproduce.toy_report import run_toy
+
+    print(run_toy(output, quick=quick, steps=steps, seeds=seeds))
+
+
+@reproduce.command()
+def signals(
+    output: Annotated[Path, typer.Option(help="folder for tables, JSON and figures")] = Path(
+        "runs/reproduce/signals"
+    ),
+) -> None:
+    """Synthetic reward curves: readings of the paper, sensitivity, scales, failures."""
+    from recap_fast.reproduce.signals_report import run_signals
+
+    print(run_signals(output))
 
 
 def _quieten() -> None:

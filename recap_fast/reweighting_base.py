@@ -7,8 +7,9 @@ A method is therefore nothing but its logits: `softmax(-log L)` is the weighting
 `update` launches tensor operations on buffers of fixed size and never reads one back: no host
 sync, no branch on data, no shape that depends on data. It can be captured in a CUDA graph.
 
-Shapes: K objectives, W the window in steps. Arithmetic is float64, so that a window of a thousand
-equal values has deviation 0; what is published (`weights`, `rates`, ...) is float32.
+Shapes: K objectives, W the window in steps; `reproduce.batch` puts a dimension of independent runs
+before K. Arithmetic is float64, so that a window of a thousand equal values has deviation 0; what
+is published (`weights`, `rates`, ...) is float32.
 """
 
 from __future__ import annotations
@@ -97,9 +98,10 @@ class Reweighter(ABC):
         if deviations is not None:
             deviations = deviations.detach().double()
         logits, ready = self._score(values.double(), observed, deviations)
-        shares = torch.softmax(logits.masked_fill(~ready, -math.inf), dim=0)
+        shares = torch.softmax(logits.masked_fill(~ready, -math.inf), dim=-1)
         # With nothing ready the softmax is NaN everywhere, and the fill replaces all of it.
-        self.weights.copy_((shares * ready.sum()).masked_fill(~ready, 1.0))
+        num_ready = ready.sum(dim=-1, keepdim=True)
+        self.weights.copy_((shares * num_ready).masked_fill(~ready, 1.0))
         return self.weights.clone()
 
     @abstractmethod
@@ -149,9 +151,9 @@ class Reweighter(ABC):
     def _check(self, name: str, given: Tensor, boolean: bool = False) -> None:
         wanted = "bool" if boolean else "floating"
         right_dtype = given.dtype == torch.bool if boolean else given.is_floating_point()
-        if given.shape != (self.num_objectives,) or not right_dtype or given.device != self.device:
+        if given.shape != self.weights.shape or not right_dtype or given.device != self.device:
             raise ValueError(
-                f"{name} must be [{self.num_objectives}] {wanted} on {self.device}, "
+                f"{name} must be {list(self.weights.shape)} {wanted} on {self.device}, "
                 f"got {list(given.shape)} {given.dtype} on {given.device}"
             )
 
@@ -173,22 +175,22 @@ class WindowedReweighter(Reweighter):
 
     def _push(self, values: Tensor, observed: Tensor) -> None:
         """Append where observed. Value number n of an objective lies in slot n mod columns."""
-        is_next = self._slots == (self._counts % len(self._slots)).unsqueeze(1)
-        written = is_next & observed.unsqueeze(1)  # [K, columns]
-        self._values.copy_(torch.where(written, values.unsqueeze(1), self._values))
+        is_next = self._slots == (self._counts % len(self._slots)).unsqueeze(-1)
+        written = is_next & observed.unsqueeze(-1)  # [K, columns]
+        self._values.copy_(torch.where(written, values.unsqueeze(-1), self._values))
         self._counts.add_(observed)
 
     def _window_means(self) -> tuple[Tensor, Tensor]:
         """Means of the newer and of the older half of the ring, [K] each."""
         columns = len(self._slots)
-        age = (self._counts.unsqueeze(1) - 1 - self._slots) % columns
-        newer = self._values.masked_fill(age >= columns // 2, 0.0).sum(dim=1)
-        older = self._values.masked_fill(age < columns // 2, 0.0).sum(dim=1)
+        age = (self._counts.unsqueeze(-1) - 1 - self._slots) % columns
+        newer = self._values.masked_fill(age >= columns // 2, 0.0).sum(dim=-1)
+        older = self._values.masked_fill(age < columns // 2, 0.0).sum(dim=-1)
         return newer / (columns // 2), older / (columns // 2)
 
     def _deviation_from(self, center: Tensor) -> Tensor:
         """sqrt(sum (value - center)^2 / (columns - 1)) over the whole ring, [K]."""
-        squares = (self._values - center.unsqueeze(1)).square().sum(dim=1)
+        squares = (self._values - center.unsqueeze(-1)).square().sum(dim=-1)
         return (squares / (len(self._slots) - 1)).sqrt()
 
 

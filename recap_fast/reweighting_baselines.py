@@ -286,9 +286,12 @@ class FamoReweighter(_GradientReweighter):
         moving = observed & ~self._logs.isnan()
         fall = (self._logs - logs).masked_fill(~moving, 0.0)
         progress = torch.where(self._is_reward, -fall, fall)
-        shares = torch.exp(torch.log_softmax(self._parameters, dim=0)) * moving
-        z = shares / shares.sum().clamp_min(1e-300)  # all zero when nothing moves
-        gradient = z * (progress - (z * progress).sum()) + self.gamma * self._parameters
+        shares = torch.exp(torch.log_softmax(self._parameters, dim=-1)) * moving
+        z = shares / shares.sum(dim=-1, keepdim=True).clamp_min(
+            1e-300
+        )  # all zero when nothing moves
+        average = (z * progress).sum(dim=-1, keepdim=True)
+        gradient = z * (progress - average) + self.gamma * self._parameters
         self._descend(gradient, moving)
         self._logs.copy_(torch.where(observed, logs, self._logs))
         ready = ~self._logs.isnan()
@@ -330,7 +333,7 @@ class SawReweighter(WindowedReweighter):
     ) -> tuple[Tensor, Tensor]:
         self._push(values, observed)
         if deviations is None:
-            mean = self._values.mean(dim=1)
+            mean = self._values.mean(dim=-1)
             sigma = self._deviation_from(mean)
             known = observed & (self._counts >= len(self._slots))
         else:
