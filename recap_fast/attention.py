@@ -42,8 +42,9 @@ class Segment:
 
 
 class RaggedKernel(Protocol):
-    """Attention over segments of any length, causal from the end: the last query of a segment
-    sees all of its keys, the one before sees all but the last, and so on."""
+    """Attention over segments of any length. Causal from the end: the last query of a segment
+    sees all of its keys, the one before sees all but the last, and so on. Not causal: every query
+    of a segment sees all of its keys."""
 
     def __call__(
         self,
@@ -56,6 +57,7 @@ class RaggedKernel(Protocol):
         max_queries: int,
         max_keys: int,
         scale: float | None,  # None: 1 / sqrt(D)
+        causal: bool,
     ) -> Tensor: ...  # [T, heads, D]
 
 
@@ -90,11 +92,18 @@ class AttentionLayout(Protocol):
     ) -> Tensor: ...  # [T, heads, D]
 
 
-def build_layout(segments: Sequence[Segment], backend: Backend = SDPA) -> AttentionLayout:
-    """Lays segments out for a backend. Together they must cover positions 0 .. T-1 once each."""
+def build_layout(
+    segments: Sequence[Segment], backend: Backend = SDPA, *, causal: bool = True
+) -> AttentionLayout:
+    """Lays segments out for a backend. Together they must cover positions 0 .. T-1 once each.
+
+    Args:
+        causal: False for the patches of images, which see one another; segments then have no
+            prefixes.
+    """
     if backend.kernel is None:
-        return build_padded(segments)
-    return _build_ragged(segments, backend.kernel)
+        return build_padded(segments, causal=causal)
+    return _build_ragged(segments, backend.kernel, causal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,7 @@ class RaggedLayout:
     keys: Tensor | None  # [T_k] int64, packed positions; None: every key is its own query's
     max_queries: int
     max_length: int
+    causal: bool
 
     def to(self, device: torch.device) -> RaggedLayout:
         query_starts = self.query_starts.to(device, non_blocking=True)
@@ -118,6 +128,7 @@ class RaggedLayout:
             None if self.keys is None else self.keys.to(device, non_blocking=True),
             self.max_queries,
             self.max_length,
+            self.causal,
         )
 
     def attend(
@@ -141,6 +152,7 @@ class RaggedLayout:
             max_queries=self.max_queries,
             max_keys=self.max_length,
             scale=scale,
+            causal=self.causal,
         )
 
 
@@ -164,7 +176,7 @@ class _Repeat(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
-def _build_ragged(segments: Sequence[Segment], kernel: RaggedKernel) -> RaggedLayout:
+def _build_ragged(segments: Sequence[Segment], kernel: RaggedKernel, causal: bool) -> RaggedLayout:
     segments = sorted(segments, key=lambda segment: segment.own.start)
     query_starts = _starts([len(segment.own) for segment in segments])
     shared = any(segment.prefix for segment in segments)
@@ -176,6 +188,7 @@ def _build_ragged(segments: Sequence[Segment], kernel: RaggedKernel) -> RaggedLa
         torch.cat([torch.arange(run.start, run.stop) for run in runs]) if shared else None,
         max(len(segment.own) for segment in segments),
         max(segment.num_keys for segment in segments),
+        causal,
     )
 
 

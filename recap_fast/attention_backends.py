@@ -42,6 +42,7 @@ class AttentionNeeds:
     num_kv_heads: int
     head_dim: int
     dropout: float = 0.0
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +115,13 @@ def try_backend(backend: Backend, needs: AttentionNeeds) -> None:
 
 
 def _attend(backend: Backend, needs: AttentionNeeds) -> list[Tensor]:
-    """Output and gradients, in float32, of a prompt with two completions and a lone sequence."""
+    """Output and gradients, in float32, of a prompt with two completions and a lone sequence, or
+    of four images."""
+    prompt = range(0, 9 if needs.causal else 0)
     segments = [
         Segment(range(0), range(0, 9)),
-        Segment(range(0, 9), range(9, 14)),
-        Segment(range(0, 9), range(14, 15)),
+        Segment(prompt, range(9, 14)),
+        Segment(prompt, range(14, 15)),
         Segment(range(0), range(15, 18)),
     ]
     generator = torch.Generator(needs.device).manual_seed(0)  # leaves torch's own state alone
@@ -129,7 +132,7 @@ def _attend(backend: Backend, needs: AttentionNeeds) -> list[Tensor]:
 
     heads = needs.num_heads, needs.num_kv_heads, needs.num_kv_heads
     inputs = [draw(count).requires_grad_() for count in heads]
-    layout = build_layout(segments, backend).to(needs.device)
+    layout = build_layout(segments, backend, causal=needs.causal).to(needs.device)
     with torch.enable_grad():
         output = layout.attend(*inputs, scale=None, dropout=0.0)
         gradients = torch.autograd.grad(output, inputs, draw(needs.num_heads))
@@ -161,6 +164,7 @@ def _load_varlen() -> RaggedKernel:
         max_queries: int,
         max_keys: int,
         scale: float | None,
+        causal: bool,
     ) -> Tensor:
         grouped = has_switch and query.shape[1] != key.shape[1]
         output: Tensor = varlen_attn(
@@ -172,7 +176,7 @@ def _load_varlen() -> RaggedKernel:
             max_queries,
             max_keys,
             scale=scale,
-            window_size=(-1, 0),  # any key back, none ahead: causal
+            window_size=(-1, 0 if causal else -1),  # any key back; none ahead, or any
             **({"enable_gqa": True} if grouped else {}),
         )
         return output
@@ -194,6 +198,7 @@ def _load_flash_attn() -> RaggedKernel:
         max_queries: int,
         max_keys: int,
         scale: float | None,
+        causal: bool,
     ) -> Tensor:
         output: Tensor = flash_attn_varlen_func(
             query,
@@ -204,7 +209,7 @@ def _load_flash_attn() -> RaggedKernel:
             max_seqlen_q=max_queries,
             max_seqlen_k=max_keys,
             softmax_scale=scale,
-            causal=True,
+            causal=causal,
         )
         return output
 

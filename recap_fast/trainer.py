@@ -251,6 +251,7 @@ class Trainer:
                     config=self.config.loss,
                     max_tokens=self.config.training.max_tokens,
                     attention=self.policy.attention,
+                    vision=self.policy.vision,
                 )
             )
         return updates

@@ -46,8 +46,18 @@ from tests.tiny import VOCAB, save_tiny_model, tiny_config, tiny_policy
 
 
 def documented_kernel(
-    query, key, value, *, query_starts, key_starts, max_queries, max_keys, scale, shift=0
-) -> Tensor:
+    query,
+    key,
+    value,
+    *,
+    query_starts,
+    key_starts,
+    max_queries,
+    max_keys,
+    scale,
+    causal=True,
+    shift=0,
+) -> Tensor:  # fmt: skip
     """What flash-attn (2.1 and newer) promises, segment by segment in float64: keys and values of
     a head serve a run of query heads, and the causal mask is aligned at the last query and key."""
     for starts, end in ((query_starts, len(query)), (key_starts, len(key))):
@@ -70,7 +80,7 @@ def documented_kernel(
     ):
         scores = scale * torch.einsum("qhd,khd->hqk", q, k)
         last = torch.arange(len(q)) + len(k) - len(q) + shift
-        hidden = torch.arange(len(k)) > last[:, None]
+        hidden = torch.arange(len(k)) > (last[:, None] if causal else len(k))
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.transpose(0, 1))
     return torch.cat(outputs, 1).transpose(0, 1).to(query.dtype)
 
@@ -493,7 +503,7 @@ def test_a_run_lays_its_batches_out_for_the_chosen_backend(folder, tmp_path, mon
         asked.append(name)
         return attention_backends.Choice(DOCUMENTED, {})
 
-    def no_padding(segments):
+    def no_padding(segments, **rest):
         raise AssertionError("padded")
 
     monkeypatch.setattr("recap_fast.model.choose_backend", choose)

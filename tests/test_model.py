@@ -18,6 +18,7 @@ from recap_fast.model import (
     pick_device,
     resolve_model,
 )
+from recap_fast.vision import MODEL_TYPES
 from tests.tiny import save_tiny_model, tiny_llama
 
 
@@ -97,7 +98,7 @@ def test_built_in_model_speaks():
     assert "Paris" in tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
 
 
-def test_liger_patches_leave_the_head_alone(monkeypatch, folder):
+def test_liger_patches_leave_the_head_alone(monkeypatch):
     """On CUDA the backbone's modules are patched; the loss stays ours."""
     calls = []
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
@@ -106,11 +107,13 @@ def test_liger_patches_leave_the_head_alone(monkeypatch, folder):
         calls.append((cross_entropy, fused_linear_cross_entropy))
 
     monkeypatch.setitem(patches.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
-    model_module._apply_liger(str(folder))
+    model_module._apply_liger("llama")
     assert calls == [(False, False)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral", *MODEL_TYPES]
+)
 def test_liger_has_the_switches_that_are_set(model_type):
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     parameters = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]).parameters

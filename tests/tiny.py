@@ -1,17 +1,26 @@
-"""A causal LM small enough for tests, built with random weights and a real architecture."""
+"""Language models small enough for tests, with and without vision: real architectures, random
+weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from recap_fast import attention
 from recap_fast.config import TrainConfig, load_config
 from recap_fast.model import Policy
+from recap_fast.types import ImageInput
 from tests.tiny_tokenizer import tiny_tokenizer
 
 VOCAB = 331
@@ -39,6 +48,88 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, vocab: int = VOCAB) -> Llama
 def tiny_policy(*, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
     """Float32 weights, computing in `dtype`."""
     return Policy(tiny_llama(tied=tied, seed=seed), dtype)
+
+
+VISION_TOKENS = {"image_token_id": VOCAB - 1, "video_token_id": VOCAB - 2,
+                 "vision_start_token_id": VOCAB - 3, "vision_end_token_id": VOCAB - 4}  # fmt: skip
+PATCH, MERGE = 4, 2  # pixels of a patch's side, patches of an image token's side
+
+_TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2],
+    },
+}  # fmt: skip
+_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
+        "window_size": 16, "fullatt_block_indexes": [1],  # windows of 2 x 2 image tokens
+    },
+    "qwen3_vl": {
+        "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+    },
+}  # fmt: skip
+
+
+def tiny_vision_config(kind: str, *, tied: bool = True, **text: Any) -> Any:
+    """Configuration of a vision-language model of one of `recap_fast.vision.MODEL_TYPES`.
+
+    Args:
+        text: instead of the text model's settings.
+    """
+    vision = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": MERGE,
+              "initializer_range": 0.1}  # fmt: skip
+    return AutoConfig.for_model(
+        kind,
+        text_config=_TEXT | text,
+        vision_config=vision | _VISION[kind],
+        tie_word_embeddings=tied,
+        **VISION_TOKENS,
+    )
+
+
+def tiny_vision_model(kind: str, *, seed: int = 0, tied: bool = True, **text: Any) -> Any:
+    """A vision-language model as transformers makes it. Biases and norms are random too."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(tiny_vision_config(kind, tied=tied, **text))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def packed_vision_model(kind: str, **settings: Any) -> Any:
+    """The same with the attention that `load_policy` gives it."""
+    attention.register()
+    model = tiny_vision_model(kind, **settings)
+    both = {"": attention.IMPLEMENTATION, "text_config": attention.IMPLEMENTATION}
+    model.set_attn_implementation(both)
+    return model
+
+
+def tiny_image(random: np.random.Generator, height: int, width: int) -> ImageInput:
+    """An image of height x width image tokens, of noise."""
+    grid = (1, height * MERGE, width * MERGE)
+    patches = random.normal(size=(grid[1] * grid[2], 3 * 2 * PATCH * PATCH))
+    picture = Image.new("RGB", (grid[2] * PATCH, grid[1] * PATCH))
+    return ImageInput(picture, torch.from_numpy(patches).float(), grid)
+
+
+def image_tokens(image: ImageInput) -> list[int]:
+    """An image's tokens, with start and end."""
+    count = image.grid[1] * image.grid[2] // MERGE**2
+    start, end = VISION_TOKENS["vision_start_token_id"], VISION_TOKENS["vision_end_token_id"]
+    return [start, *[VISION_TOKENS["image_token_id"]] * count, end]
 
 
 def save_tiny_model(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Rollouts from the trained module itself. Always works; there are no weights to sync.
 
-A prompt is read once and its keys and values are shared out to its group. Prompts of like length
-are batched, padded on the left; finished rollouts leave the batch.
+A prompt is read once, its images too, and its keys and values are shared out to its group. Prompts
+of like length are batched, padded on the left; finished rollouts leave the batch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from recap_fast.attention import IMPLEMENTATION
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout.protocol import build_rollouts, check_prompts, prompt_seed, stop_token_ids
 from recap_fast.types import Prompt, Rollout, SamplingSpec
+from recap_fast.vision import PackedImages, VisionAdapter, make_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +53,7 @@ class EmbeddedEngine:
         max_model_len: int,
     ) -> None:
         self._model = model
+        self._vision = make_adapter(model)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._stop_ids = stop_token_ids(model, tokenizer)
@@ -61,14 +64,16 @@ class EmbeddedEngine:
             self.dtype = getattr(torch, config.dtype)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
-        check_prompts(prompts, sampling, self._max_model_len)
+        check_prompts(prompts, sampling, self._max_model_len, self._vision)
         n = sampling.n if sampling.temperature > 0 else 1
         completions: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
         with inference_state(self._model, self.dtype):
             for batch in _batches(prompts, n, sampling.max_new_tokens):
-                tokens = [prompts[index].token_ids for index in batch]
+                rows = [prompts[index] for index in batch]
                 seeds = [prompt_seed(sampling.seed, i) + j for i in batch for j in range(n)]
-                decoder = _Decoder(self._model, tokens, n, seeds, sampling, self._stop_ids)
+                decoder = _Decoder(
+                    self._model, self._vision, rows, n, seeds, sampling, self._stop_ids
+                )
                 for row, completion in enumerate(decoder.run()):
                     completions[batch[row // n]].append(completion)
         return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
@@ -84,14 +89,15 @@ class EmbeddedEngine:
 def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Evaluation mode without gradients, in `dtype`, with an attention that reads a KV cache.
 
-    The trainer's packed attention knows only packed batches; SDPA takes its place meanwhile.
+    The trainer's packed attention knows only packed batches; SDPA takes its place meanwhile. A
+    vision tower keeps its own.
     """
-    training, attention = model.training, model.config._attn_implementation
-    packed = attention == "recap_packed"
+    training = model.training
+    packed = model.config._attn_implementation == IMPLEMENTATION
     autocast = dtype != next(model.parameters()).dtype
     try:
         if packed:
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation({"": "sdpa", "text_config": "sdpa"})
         model.eval()
         # Autocast around the whole loop: it then casts each weight once, not once a token.
         with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=autocast):
@@ -99,7 +105,7 @@ def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None
     finally:
         model.train(training)
         if packed:
-            model.set_attn_implementation(attention)
+            model.set_attn_implementation({"": IMPLEMENTATION, "text_config": IMPLEMENTATION})
 
 
 def _batches(prompts: Sequence[Prompt], n: int, max_new_tokens: int) -> Iterator[list[int]]:
@@ -121,16 +127,19 @@ class _Decoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokens: list[list[int]],
+        vision: VisionAdapter | None,
+        prompts: Sequence[Prompt],
         n: int,
         seeds: list[int],
         sampling: SamplingSpec,
         stop_ids: frozenset[int],
     ) -> None:
         self._model = model
+        self._vision = vision
         self._sampling = sampling
         self._n = n
         device = model.device
+        tokens = [prompt.token_ids for prompt in prompts]
         # One generator a row: what it samples then does not depend on the rest of its batch.
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
@@ -143,6 +152,11 @@ class _Decoder:
             ids[row, length - len(prompt) :] = torch.tensor(prompt)
             mask[row, length - len(prompt) :] = 1
         self._ids, self._mask = ids.to(device), mask.to(device)
+        positions = left_padded_positions(prompts, vision)  # [B, L] or [3, B, L]
+        self._positions = positions.to(device)
+        # [R, 1] or [3, R, 1]: where the next token stands, in all three dimensions alike.
+        self._next_position = positions.amax(-1, keepdim=True).to(device) + 1
+        self._images = pack_left_padded(prompts, vision, device)
         self._length = length  # of prompt and completion so far, padding included
         self._cache = DynamicCache(config=model.config)
         for i, layer in enumerate(self._cache.layers):
@@ -180,28 +194,33 @@ class _Decoder:
 
     def _prefill(self) -> Tensor:
         mask = self._mask[:, : self._length]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(self._ids, mask, positions)
+        logits = self._forward(self._ids, mask, self._positions, self._images)
         self._cache.batch_repeat_interleave(self._n)
         self._mask = self._mask.repeat_interleave(self._n, dim=0)
+        self._next_position = self._next_position.repeat_interleave(self._n, dim=-2)
         return logits
 
     def _decode(self, token: Tensor) -> Tensor:
         self._length += 1
-        mask = self._mask[:, : self._length]
-        return self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1)
+        logits = self._forward(token[:, None], self._mask[:, : self._length], self._next_position)
+        self._next_position = self._next_position + 1
+        return logits
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, images: PackedImages | None = None
+    ) -> Tensor:
         """Returns the last position's logits, [rows, V]."""
-        output = self._model(
-            input_ids=ids,
+        return forward_logits(
+            self._model,
+            self._vision,
+            ids,
+            images,
+            logits_to_keep=1,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        )[:, -1]
 
     def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns tokens [R] and their log-probs [R]."""
@@ -225,8 +244,56 @@ class _Decoder:
         kept = alive.nonzero()[:, 0]
         self._cache.batch_select_indices(kept)
         self._rows, self._mask = self._rows[kept], self._mask[kept]
+        self._next_position = self._next_position.index_select(-2, kept)
         self._generators = [self._generators[row] for row in kept.tolist()]
         return token[kept]
+
+
+def forward_logits(
+    model: PreTrainedModel,
+    vision: VisionAdapter | None,
+    ids: Tensor,
+    images: PackedImages | None,
+    *,
+    logits_to_keep: int,
+    **arguments: Any,
+) -> Tensor:
+    """Logits of the last positions of rows [R, L], with the prompts' images or without."""
+    if images is None:
+        output = model(input_ids=ids, logits_to_keep=logits_to_keep, **arguments)
+        logits: Tensor = output.logits
+        return logits
+    assert vision is not None, "images were packed with an adapter"
+    return vision.logits(ids, images, logits_to_keep=logits_to_keep, **arguments)
+
+
+def left_padded_positions(prompts: Sequence[Prompt], vision: VisionAdapter | None) -> Tensor:
+    """Positions of prompts padded on the left: [B, L], or [3, B, L] with an adapter. Padding,
+    which the mask hides, stands at 0."""
+    rows = [
+        torch.arange(len(prompt.token_ids))
+        if vision is None
+        else vision.positions(prompt.token_ids, prompt.images)
+        for prompt in prompts
+    ]
+    length = max(row.shape[-1] for row in rows)
+    return torch.stack([nn.functional.pad(row, (length - row.shape[-1], 0)) for row in rows], -2)
+
+
+def pack_left_padded(
+    prompts: Sequence[Prompt], vision: VisionAdapter | None, device: torch.device
+) -> PackedImages | None:
+    """The images of prompts padded on the left and laid end to end; None where there are none."""
+    images = [image for prompt in prompts for image in prompt.images]
+    if vision is None or not images:
+        return None
+    length = max(len(prompt.token_ids) for prompt in prompts)
+    places = []
+    for row, prompt in enumerate(prompts):
+        start = (row + 1) * length - len(prompt.token_ids)
+        if prompt.images:
+            places += [start + place for place in vision.image_positions(prompt.token_ids)]
+    return vision.pack(images, places).to(device)
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 
 from recap_fast.config import RolloutConfig
-from recap_fast.rollout.embedded import inference_state
+from recap_fast.rollout.embedded import (
+    forward_logits,
+    inference_state,
+    left_padded_positions,
+    pack_left_padded,
+)
 from recap_fast.rollout.protocol import (
     RolloutEngine,
     column_picks,
     iter_weights,
 )
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
+from recap_fast.vision import make_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -231,10 +237,20 @@ def verify_sync(
 
 def sequence_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """The model's own log-probs of a rollout's tokens, [number of tokens] float32."""
-    prompt = rollout.prompt.token_ids
-    ids = torch.tensor([prompt + rollout.token_ids], device=model.device)
-    count = len(rollout.token_ids)
+    vision = make_adapter(model)
+    prompt, count = rollout.prompt, len(rollout.token_ids)
+    ids = torch.tensor([prompt.token_ids + rollout.token_ids], device=model.device)
+    positions = left_padded_positions([prompt], vision)
+    following = positions.amax(-1, keepdim=True) + torch.arange(1, count + 1)
     # The logits at a position predict the next token; the last position's are not needed.
-    logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits[0, :-1]
+    logits = forward_logits(
+        model,
+        vision,
+        ids,
+        pack_left_padded([prompt], vision, model.device),
+        logits_to_keep=count + 1,
+        position_ids=torch.cat([positions, following], -1).to(model.device),
+        use_cache=False,
+    )[0, :-1]
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return logprobs.gather(1, ids[0, -count:, None])[:, 0]

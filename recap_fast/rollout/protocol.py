@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recap_fast.config import RolloutConfig
 from recap_fast.types import FinishReason, Prompt, Rollout, SamplingSpec, UserError
+from recap_fast.vision import VisionAdapter, VisionError, make_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +83,7 @@ def make_engine(
     max_model_len: int,
     seed: int,
     device: torch.device | str,
+    image_pixels: tuple[int, int] | None = None,
 ) -> RolloutEngine:
     """Starts the engine that `config.engine` names.
 
@@ -90,6 +92,7 @@ def make_engine(
         model_path: folder or hub name from which vLLM reads the architecture and first weights.
         max_model_len: longest prompt and completion together, in tokens.
         seed: of the engine itself; `SamplingSpec.seed` decides what is sampled.
+        image_pixels: least and largest area of the rows' images; None where no row has any.
 
     Raises:
         EngineError: the engine was asked for by name and cannot run here.
@@ -111,6 +114,8 @@ def make_engine(
                 device=device,
                 weight_names=frozenset(name for name, _ in iter_weights(model)),
                 stop_ids=stop_token_ids(model, tokenizer),
+                vision=make_adapter(model),
+                image_pixels=image_pixels,
             )
         if config.engine == "vllm":
             raise EngineError(f'rollout.engine is "vllm", which cannot run here: {reason}')
@@ -125,8 +130,17 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return frozenset(int(x) for x in [*found, tokenizer.eos_token_id] if x is not None)
 
 
-def check_prompts(prompts: Sequence[Prompt], sampling: SamplingSpec, max_model_len: int) -> None:
-    """Raises `EngineError` for a prompt that the engine cannot complete."""
+def check_prompts(
+    prompts: Sequence[Prompt],
+    sampling: SamplingSpec,
+    max_model_len: int,
+    vision: VisionAdapter | None = None,
+) -> None:
+    """Raises `EngineError` for a prompt that the engine cannot complete.
+
+    Args:
+        vision: the model's adapter, if it has one.
+    """
     for prompt in prompts:
         where = f"prompt {prompt.source}:{prompt.row}"
         if not prompt.token_ids:
@@ -136,6 +150,13 @@ def check_prompts(prompts: Sequence[Prompt], sampling: SamplingSpec, max_model_l
                 f"{where} has {len(prompt.token_ids)} tokens, which with {sampling.max_new_tokens} "
                 f"new ones exceeds the engine's limit of {max_model_len}"
             )
+        if prompt.images and vision is None:
+            raise EngineError(f"{where} has images, but the model takes none")
+        if vision is not None:
+            try:
+                vision.check(prompt.token_ids, prompt.images)
+            except VisionError as error:
+                raise EngineError(f"{where}: {error}") from error
 
 
 def prompt_seed(seed: int, index: int) -> int:

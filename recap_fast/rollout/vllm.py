@@ -2,6 +2,9 @@
 
 The only module that imports vLLM. vLLM and the trainer share the process, so whatever vLLM changes
 in it while starting (random state, thread settings, environment) is put back.
+
+vLLM prepares images itself: a request carries pictures, and one image token for each. How many
+tokens it then makes of them is compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from torch import Tensor
 
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout.protocol import (
+    EngineError,
     build_rollouts,
     check_prompts,
     column_picks,
     prompt_seed,
 )
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
+from recap_fast.vision import VisionAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +68,8 @@ class VllmEngine:
     Args:
         weight_names: what a complete weight stream contains.
         stop_ids: tokens that end a completion, and stay its last token.
+        vision: the model's adapter, if it has one.
+        image_pixels: least and largest area of the images; None where no row has any.
     """
 
     name = "vllm"
@@ -78,6 +85,8 @@ class VllmEngine:
         device: torch.device,
         weight_names: frozenset[str],
         stop_ids: frozenset[int],
+        vision: VisionAdapter | None = None,
+        image_pixels: tuple[int, int] | None = None,
     ) -> None:
         _set_environment()
         import vllm
@@ -88,6 +97,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._weight_names = weight_names
         self._stop_ids = stop_ids
+        self._vision = vision
         self._owns_process_group = not torch.distributed.is_initialized()
         with _process_state_kept():
             self._llm = vllm.LLM(
@@ -98,17 +108,17 @@ class VllmEngine:
                 # Before the default (raw), temperature would be missing from the log-probs.
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
-                skip_tokenizer_init=True,
                 enable_prefix_caching=True,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 **_device_arguments(config, device),
+                **image_arguments(vision, image_pixels),
             )
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
         from vllm import SamplingParams
 
-        check_prompts(prompts, sampling, self._max_model_len)
+        check_prompts(prompts, sampling, self._max_model_len, self._vision)
         n = sampling.n if sampling.temperature > 0 else 1
         parameters = [
             SamplingParams(
@@ -126,10 +136,12 @@ class VllmEngine:
         ]
         with _random_state_kept():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+                [build_request(prompt, self._vision) for prompt in prompts],
                 parameters,
                 use_tqdm=False,
             )
+        for prompt, output in zip(prompts, outputs, strict=True):
+            check_expansion(prompt, output.prompt_token_ids, self._vision)
         completions = [
             [_read_completion(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
             for output in outputs
@@ -145,6 +157,11 @@ class VllmEngine:
                 yield name, tensor
 
         self._load(watched())
+        if self._vision is not None:
+            # Features that the old vision tower made. reload_weights drops them where they lie,
+            # but not the scheduler's record of them; and both sides' prepared images go together.
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
         # Cached prefixes hold keys and values of the old weights.
         if self._llm.reset_prefix_cache() is False:
             raise WeightSyncError(
@@ -194,6 +211,55 @@ def _device_arguments(config: RolloutConfig, device: torch.device) -> dict[str, 
         "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
         "block_size": _CPU_BLOCK_SIZE,
     }
+
+
+def image_arguments(
+    vision: VisionAdapter | None, image_pixels: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What the engine is told about images when it starts.
+
+    Args:
+        image_pixels: least and largest area; None leaves the vision tower out.
+    """
+    if vision is None:
+        return {"skip_tokenizer_init": True}
+    if image_pixels is None:
+        return {"skip_tokenizer_init": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+    least, largest = image_pixels
+    return {
+        # Room for videos would be set aside otherwise.
+        "limit_mm_per_prompt": {"video": 0},
+        # Images arrive in their final size, which lies within these bounds and stays as it is.
+        "mm_processor_kwargs": {"min_pixels": least, "max_pixels": largest},
+    }
+
+
+def build_request(prompt: Prompt, vision: VisionAdapter | None) -> dict[str, Any]:
+    """A prompt as vLLM takes it (`vllm.inputs.TokensPrompt`)."""
+    if not prompt.images:
+        return {"prompt_token_ids": prompt.token_ids}
+    assert vision is not None, "checked with the prompts"
+    return {
+        "prompt_token_ids": vision.collapse(prompt.token_ids, prompt.images),
+        "multi_modal_data": {"image": [image.image for image in prompt.images]},
+    }
+
+
+def check_expansion(
+    prompt: Prompt, engine_token_ids: Sequence[int], vision: VisionAdapter | None
+) -> None:
+    """Raises `EngineError` where vLLM made other tokens of a prompt's images than the trainer."""
+    if vision is None or list(engine_token_ids) == prompt.token_ids:
+        return
+    ours, theirs = (
+        len(vision.image_positions(ids)) for ids in (prompt.token_ids, engine_token_ids)
+    )
+    raise EngineError(
+        f"prompt {prompt.source}:{prompt.row}: vllm makes {theirs} image tokens of its "
+        f"{len(prompt.images)} images and {len(engine_token_ids)} tokens in all; the trainer has "
+        f"{ours} and {len(prompt.token_ids)}. Both must resize alike: compare the pixel bounds in "
+        f"the model's preprocessor_config.json with the configuration's"
+    )
 
 
 def _read_completion(sample: Any) -> tuple[list[int], list[float]]:
@@ -248,6 +314,8 @@ def _restore_variable(name: str, value: str | None) -> None:
 
 @torch.no_grad()
 def _read_columns(model: Any, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
+    hf_names = _engine_names(model, shapes)
+    shapes = {name: shapes[hf_name] for name, hf_name in hf_names.items()}
     fused = {
         part: (whole, parts)
         for whole, parts in getattr(model, "packed_modules_mapping", {}).items()
@@ -270,8 +338,19 @@ def _read_columns(model: Any, shapes: Mapping[str, Sequence[int]], count: int) -
         rows = slice(start, start + shape[0])
         values = _module_columns(module, leaf, shape, count)
         if values is not None and values.shape[0] >= rows.stop:
-            found[name] = values[rows].float().cpu()
+            found[hf_names[name]] = values[rows].float().cpu()
     return found
+
+
+def _engine_names(model: Any, hf_names: Iterable[str]) -> dict[str, str]:
+    """Names in vLLM's model -> Hugging Face names; a vision-language model's modules differ."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return {name: name for name in hf_names}
+    if hasattr(mapper, "get_rename_mapper"):  # without it q_proj would become qkv_proj here
+        mapper = mapper.get_rename_mapper()
+    engine_names = ((mapper.apply_list([name]), name) for name in hf_names)
+    return {mapped[0]: name for mapped, name in engine_names if mapped}
 
 
 def _module_columns(module: Any, leaf: str, shape: Sequence[int], count: int) -> Tensor | None:
