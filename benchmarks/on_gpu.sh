@@ -41,9 +41,12 @@ export TRL_EXPERIMENTAL_SILENCE=1
 # The tests choose Triton's interpreter where they see no NVIDIA driver; some sandboxes hide it.
 ((${#rehearse[@]})) || export TRITON_INTERPRET=0
 if [[ -n "${WHEELS:-}" ]]; then
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade \
-    --target "$work/site" "$WHEELS"/*.whl &&
+  if "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade \
+    --target "$work/site" "$WHEELS"/*.whl >"$work/wheels.log" 2>&1; then
     export PYTHONPATH="$work/site:$PYTHONPATH"
+  else
+    printf 'wheels\t%s\n' $? >>"$work/status.tsv" # the summary quotes the log
+  fi
 fi
 
 # As torch names it: a machine may have no nvidia-smi.

@@ -53,6 +53,16 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     assert sum(1 for _ in tmp_path.iterdir()) == 4
 
 
+def test_wheels_that_do_not_install_are_reported(tmp_path):
+    (tmp_path / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    done = rehearse(tmp_path / "out", PARTS="machine", WHEELS=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = records(tmp_path / "out")
+    assert found["wheels"]["status"] == "failed"
+    assert "broken" in found["wheels"]["reason"]
+    assert found["machine"]["status"] == "ok"
+
+
 def test_success_ends_with_status_0(tmp_path):
     done = rehearse(tmp_path, PARTS="machine checks")
     assert done.returncode == 0, done.stdout + done.stderr
