@@ -61,18 +61,33 @@ class SourceConfig(_Model):
     kind: Literal["rl", "sft"]
     path: str | None = None
     """A .jsonl or .parquet file, or a hub dataset's name."""
-    subset: str | None = None
+    subset: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Subset of a hub dataset, or several whose rows make one source."""
     split: str = "train"
+    max_rows: int | None = Field(None, ge=1)
+    """At most so many rows are used (of each subset), chosen by the seed."""
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, instead of `path`."""
+    digit_scenes: Literal["sum", "locate", "transcribe"] | None = None
+    """Task of the built-in digit scenes (recap_fast/reproduce/scenes.py), instead of `path`."""
     parameters: dict[str, Any] = {}
     """The reasoning-gym dataset's own parameters."""
     size: int = Field(10_000, ge=1)
     """How many rows a procedural source has."""
-    question: str = "question"
-    """Column of the user's turn."""
+    question: str | Annotated[list[str], Field(min_length=1)] = "question"
+    """Column of the user's turn; of several, the texts that are not empty are joined by newlines.
+    Dots lead into a column, here and in `answer` and `images`: "conversations.0.value"."""
+    choices: str | None = None
+    """Column of a question's options, which are written below it as (A), (B), ..."""
     answer: str | None = "answer"
     """Column of the ground truth (rl) or of the target text (sft)."""
+    images: str | None = None
+    """Column of the row's image or list of images. <image> in the question says where they stand;
+    without it they come first."""
+    image_folder: str | None = None
+    """What paths of images are relative to. Unset: the data file's folder."""
+    max_image_side: int | None = Field(None, ge=1)
+    """Images whose longer side has more pixels than this are scaled down."""
     prompt: str = "{question}"
     """A template's name (`recap_fast.prompts.TEMPLATES`: "plain", "thinking", "answer", "box")
     or a text with {question} in it."""
@@ -92,14 +107,16 @@ class SourceConfig(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        if (self.path is None) == (self.reasoning_gym is None):
-            raise ValueError("give exactly one of `path` and `reasoning_gym`")
+        if [self.path, self.reasoning_gym, self.digit_scenes].count(None) != 2:
+            raise ValueError("give exactly one of `path`, `reasoning_gym` and `digit_scenes`")
         if self.kind == "rl" and not self.rewards:
             raise ValueError("an rl source needs at least one entry in `rewards`")
         if self.kind == "sft" and self.rewards:
             raise ValueError("an sft source takes no `rewards`; its loss is `objective`")
         if self.kind == "sft" and self.answer is None:
             raise ValueError("an sft source needs the column of its target text in `answer`")
+        if self.images is None and (self.image_folder or self.max_image_side):
+            raise ValueError("image_folder and max_image_side have no use without `images`")
         return self
 
     @property
@@ -118,6 +135,11 @@ class DataConfig(_Model):
     """Longer prompts are skipped and counted."""
     max_supervised_tokens: int = Field(512, ge=2)
     """Supervised rows longer than this (prompt and target) are skipped and counted."""
+    min_image_pixels: int | None = Field(None, ge=1)
+    """Smallest area of an image as the model sees it. Unset: the image processor's own."""
+    max_image_pixels: int | None = Field(None, ge=1)
+    """Largest area of an image as the model sees it. Unset: the image processor's own, which may
+    be thousands of tokens."""
     max_skipped_fraction: float = Field(0.2, ge=0, le=1)
     """The run stops when a source has skipped more than this share of the rows it looked at."""
     enable_thinking: bool | None = None
@@ -364,6 +386,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         path: the file.
+            Its `extends` may name another, relative to it: keys of the one go over those of the
+            other.
         overrides: "a.b=value" strings that replace keys; values are read as YAML. An integer in
             the path indexes a list (data.sources.0.size=100).
 
@@ -371,18 +395,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file is missing or malformed, or its content cannot be run.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
+    raw = _read_extended(path, ())
     for override in overrides:
         _apply_override(raw, override)
     _resolve_files(raw)
@@ -394,14 +407,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: cannot be used\n" + "\n".join(lines)) from None
 
 
+def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's keys over those of the file that its `extends` names, relative to it."""
+    chain = " <- ".join(map(str, (path, *reversed(extended_by))))
+    if path.resolve() in [file.resolve() for file in extended_by]:
+        raise ConfigError(f"{chain}: the file extends itself")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{chain}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{chain}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{chain}: not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{chain}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{chain}: expected a mapping of keys, got {type(raw).__name__}")
+    if "extends" not in raw:
+        return raw
+    base = raw.pop("extends")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{chain}: extends: wanted the name of a file, got {base!r}")
+    return _merge(_read_extended(path.parent / base, (*extended_by, path)), raw)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key. All else replaces what was there: lists, and an empty mapping
+    too, or nothing could be taken out of one."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both and value else value
+    return merged
+
+
 def _resolve_files(raw: dict[str, Any]) -> None:
-    """Makes local data files absolute, so that a run's config.yaml can be used from anywhere."""
+    """Makes local files and folders absolute, so that a run's config.yaml can be used from
+    anywhere."""
     data = raw.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for source in sources if isinstance(sources, list) else []:
-        name = source.get("path") if isinstance(source, dict) else None
-        if isinstance(name, str) and Path(name).is_file():
-            source["path"] = str(Path(name).resolve())
+        for key in ("path", "image_folder") if isinstance(source, dict) else ():
+            name = source.get(key)
+            if isinstance(name, str) and (Path(name).is_file() or key == "image_folder"):
+                source[key] = str(Path(name).resolve())
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

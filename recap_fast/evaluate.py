@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recap_fast.config import TrainConfig
 from recap_fast.data import DataStream
+from recap_fast.images import load_image_encoder
 from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.model import Head, Policy, load_policy, load_tokenizer, resolve_model
 from recap_fast.packing import PackedBatch, pack_update
@@ -125,7 +126,8 @@ def evaluate_model(config: TrainConfig, path: str) -> dict[str, float]:
     """
     path = resolve_model(path)
     tokenizer = load_tokenizer(path)
-    stream = DataStream(config.data, tokenizer, config.seed)
+    images = load_image_encoder(path, config.data)
+    stream = DataStream(config.data, tokenizer, config.seed, images)
     with RewardScorer(config.data.sources, config.objectives, config.rewards) as scorer:
         policy = load_policy(config.model, path)
         policy.check_length(config.max_rollout_tokens)

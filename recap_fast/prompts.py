@@ -3,6 +3,9 @@
 A row's question is put into a prompt template (the paper's, or the user's own), becomes the user's
 turn of a conversation, and is rendered by the tokenizer's chat template. Rendering and tokenising
 are done once each: chat templates write their own BOS, so the tokenizer adds none.
+
+Images are rendered as one placeholder each, and that one image token is then repeated as often as
+the image has tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
-"""One turn of a conversation: {"role": ..., "content": ...}."""
+    from recap_fast.images import VisionTokens
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: {"role": ..., "content": ...}. The content is a text, or a list of
+{"type": "text", "text": ...} and {"type": "image"} where `place_images` has been at work."""
+
+IMAGE_MARKER = "<image>"
+"""Where an image stands in a question, in the convention of LLaVA's data."""
 
 TEMPLATES: dict[str, str] = {
     "plain": "{question}",
@@ -61,6 +70,44 @@ def fill(template: str, **values: str) -> str:
     return template
 
 
+def count_markers(messages: Sequence[Message]) -> int:
+    """How many `IMAGE_MARKER`s the user's turns have."""
+    return sum(m["content"].count(IMAGE_MARKER) for m in messages if m["role"] == "user")
+
+
+def place_images(messages: Sequence[Message], num_images: int) -> list[Message]:
+    """Turns texts with markers into lists of texts and images.
+
+    Without markers, all images stand in front of the first user's turn. Newlines next to an image
+    are dropped, as the models' own templates write none.
+
+    Args:
+        messages: whose contents are texts, with as many markers as images or none.
+    """
+    if not num_images:
+        return list(messages)
+    leading = 0 if count_markers(messages) else num_images
+    placed: list[Message] = []
+    for message in messages:
+        text = message["content"]
+        if message["role"] == "user" and (leading or IMAGE_MARKER in text):
+            content = [{"type": "image"}] * leading + _split_at_markers(text)
+            message, leading = {"role": "user", "content": content}, 0
+        placed.append(message)
+    return placed
+
+
+def _split_at_markers(text: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_MARKER)):
+        if number:
+            parts.append({"type": "image"})
+        piece = piece.strip("\n")
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
 class ChatRenderer:
     """Turns conversations into token ids with one tokenizer.
 
@@ -70,6 +117,7 @@ class ChatRenderer:
     Args:
         tokenizer: a transformers tokenizer.
         enable_thinking: passed to the chat template if it knows that name; None leaves it out.
+        vision: the tokens that stand for images; None for a text model.
 
     Raises:
         ValueError: the chat template cannot render a conversation, or a supervised row would have
@@ -77,9 +125,13 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        enable_thinking: bool | None = None,
+        vision: VisionTokens | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._vision = vision
         self._has_template = getattr(tokenizer, "chat_template", None) is not None
         self._options: dict[str, Any] = {}
         known = self._has_template and "enable_thinking" in tokenizer.get_chat_template()
@@ -90,11 +142,25 @@ class ChatRenderer:
         starts_with_bos = self._encode("a", special=True)[:1] == [tokenizer.bos_token_id]
         self._bos = [tokenizer.bos_token_id] if starts_with_bos and not self._has_template else []
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to the point where the assistant's turn begins."""
-        return self._bos + self._encode(self._prompt_text(messages))
+    def vision_token_in(self, text: str) -> str | None:
+        """A token of images that a text spells out, which would pass for the token itself."""
+        for token_id in self._vision.ids if self._vision else ():
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            if token in text:
+                return str(token)
+        return None
 
-    def supervised(self, messages: Sequence[Message], target: str) -> tuple[list[int], int]:
+    def prompt(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> list[int]:
+        """Token ids of a conversation up to the point where the assistant's turn begins.
+
+        Args:
+            image_tokens: how many tokens each image has, in the order of the images.
+        """
+        return self._bos + self._expand(self._encode(self._prompt_text(messages)), image_tokens)
+
+    def supervised(
+        self, messages: Sequence[Message], target: str, image_tokens: Sequence[int] = ()
+    ) -> tuple[list[int], int]:
         """Token ids of a conversation with the assistant's answer, and how many of them are prompt.
 
         The first of them are exactly those of `prompt(messages)`. The rest are the target as the
@@ -109,12 +175,42 @@ class ChatRenderer:
             # A merge across the border. Sampling sees the prompt's own tokens, so these stay.
             token_ids = prompt_ids + self._encode(answer_text)
         end = [] if self._turn_end(messages).strip() else [self._eos_token_id()]
-        return self._bos + token_ids + end, len(self._bos) + len(prompt_ids)
+        prompt = self._bos + self._expand(prompt_ids, image_tokens)
+        return prompt + token_ids[len(prompt_ids) :] + end, len(prompt)
+
+    def _expand(self, token_ids: list[int], image_tokens: Sequence[int]) -> list[int]:
+        """Repeats the one token of each image."""
+        if self._vision is None:
+            return token_ids
+        given = token_ids.count(self._vision.image)
+        if given != len(image_tokens):
+            raise ValueError(
+                f"{len(image_tokens)} images became {given} image tokens: the tokenizer's chat "
+                f"template must write one {self._image_token()} for each image"
+            )
+        repeats = iter(image_tokens)
+        expanded: list[int] = []
+        for token in token_ids:
+            expanded += [token] * (next(repeats) if token == self._vision.image else 1)
+        return expanded
+
+    def _image_token(self, with_ends: bool = False) -> str:
+        assert self._vision is not None
+        ids = [self._vision.image]
+        if with_ends:
+            ids = [x for x in (self._vision.start, *ids, self._vision.end) if x is not None]
+        return "".join(self._tokenizer.convert_ids_to_tokens(ids))
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         if self._has_template:
             return self._render(messages, add_generation_prompt=True)
-        return "".join(message["content"] + "\n" for message in messages)
+        return "".join(self._plain(message["content"]) + "\n" for message in messages)
+
+    def _plain(self, content: str | Sequence[Mapping[str, str]]) -> str:
+        if isinstance(content, str):
+            return content
+        image = self._image_token(with_ends=True)
+        return "".join(image if part["type"] == "image" else part["text"] for part in content)
 
     def _answer_text(self, messages: Sequence[Message], prompt_text: str, target: str) -> str:
         """The assistant's turn without what opens it, cut after the mark that ends the turn."""

@@ -429,6 +429,9 @@ def _bind(source: SourceConfig, objective: str, spec: RewardSpec | str) -> Rewar
     if spec.function == "reasoning_gym" and source.reasoning_gym is not None:
         own = {"dataset": source.reasoning_gym, "dataset_parameters": source.parameters}
         spec = RewardSpec(function=spec.function, parameters={**own, **spec.parameters})
+    if spec.function == "accuracy" and source.choices is not None:
+        own = {"choices": source.choices}
+        spec = RewardSpec(function=spec.function, parameters={**own, **spec.parameters})
     try:
         resolve(spec)
     except RewardError as error:

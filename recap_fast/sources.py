@@ -17,6 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from recap_fast.config import SourceConfig
 from recap_fast.prompts import Message
 from recap_fast.types import UserError
@@ -49,10 +51,12 @@ def open_rows(config: SourceConfig, seed: int) -> Rows:
     """
     if config.reasoning_gym is not None:
         return _ProceduralRows(config, seed)
+    if config.digit_scenes is not None:
+        return _open_scenes(config, seed)
     assert config.path is not None
     path = Path(config.path)
     if path.suffix in _FILE_ENDINGS:
-        return _open_file(config, path)
+        return _select(_open_file(config, path), config, seed)
     looks_like_file = path.is_absolute() or config.path.startswith(".") or path.exists()
     if looks_like_file or re.search(r"\.(json|csv|tsv|txt|arrow|gz|zst|zip)$", config.path):
         raise DataError(
@@ -64,7 +68,31 @@ def open_rows(config: SourceConfig, seed: int) -> Rows:
             f"source {config.name!r}: {config.path!r} is neither a file ending in .jsonl or "
             f".parquet nor a hub dataset's name (owner/name)"
         )
-    return _open_hub(config)
+    subsets = config.subset if isinstance(config.subset, list) else [config.subset]
+    parts = [_select(_open_hub(config, subset), config, seed, subset) for subset in subsets]
+    return parts[0] if len(parts) == 1 else _JoinedRows(parts)
+
+
+def _open_scenes(config: SourceConfig, seed: int) -> Rows:
+    from recap_fast.reproduce.scenes import SceneRows
+
+    assert config.digit_scenes is not None
+    rows = SceneRows(
+        config.digit_scenes,
+        size=config.size,
+        held_out=config.held_out,
+        seed=seed_of(seed, config.name),
+    )
+    _check_row(rows[0], config, rows.where(0))
+    return rows
+
+
+def image_folder(config: SourceConfig) -> Path | None:
+    """What paths of a source's images are relative to; None is the current folder."""
+    if config.image_folder is not None:
+        return Path(config.image_folder)
+    is_file = config.path is not None and Path(config.path).suffix in _FILE_ENDINGS
+    return Path(str(config.path)).parent if is_file else None
 
 
 def _describe_path(path: Path) -> str:
@@ -100,18 +128,67 @@ def _open_file(config: SourceConfig, path: Path) -> Rows:
     return _TableRows(config, table, str(path))
 
 
-def _open_hub(config: SourceConfig) -> Rows:
+def _open_hub(config: SourceConfig, subset: str | None) -> Rows:
     import datasets
 
-    name = f"hub dataset {config.path!r}, split {config.split!r}"
+    shown = f", subset {subset!r}" if isinstance(config.subset, list) else ""
+    name = f"hub dataset {config.path!r}{shown}, split {config.split!r}"
     try:
-        table = datasets.load_dataset(config.path, config.subset, split=config.split)
+        table = datasets.load_dataset(config.path, subset, split=config.split)
     except Exception as error:  # the hub, the network and the loaders share no base class
         raise DataError(
             f"source {config.name!r}: {name} could not be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
         ) from error
     return _TableRows(config, table, name)
+
+
+def _select(rows: Rows, config: SourceConfig, seed: int, subset: str | None = None) -> Rows:
+    """At most `max_rows` of them."""
+    if config.max_rows is None or len(rows) <= config.max_rows:
+        return rows
+    order = permutation(len(rows), seed, config.name, subset, "max_rows")
+    return _SelectedRows(rows, np.sort(order[: config.max_rows]))
+
+
+class _SelectedRows:
+    """Some of another source's rows."""
+
+    def __init__(self, rows: Rows, numbers: np.ndarray) -> None:
+        self._rows = rows
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        return self._rows[int(self._numbers[row])]
+
+    def where(self, row: int) -> str:
+        return self._rows.where(int(self._numbers[row]))
+
+
+class _JoinedRows:
+    """The rows of several subsets, one after another."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        part, number = self._locate(row)
+        return part[number]
+
+    def where(self, row: int) -> str:
+        part, number = self._locate(row)
+        return part.where(number)
+
+    def _locate(self, row: int) -> tuple[Rows, int]:
+        index = int(np.searchsorted(self._ends, row, side="right"))
+        return self._parts[index], row - int(self._ends[index]) + len(self._parts[index])
 
 
 class _JsonlRows:
@@ -180,24 +257,34 @@ class _TableRows:
     """A table of the `datasets` library: a Parquet file or a hub dataset."""
 
     def __init__(self, config: SourceConfig, table: Any, name: str) -> None:
-        self._table = table
         self._name = name
         _check_columns(table.column_names, config, name)
         if len(table) == 0:
             raise DataError(f"source {config.name!r}: {name}: no rows")
-        nulls = table.data.column(config.question).null_count
-        if nulls:
-            raise DataError(
-                f"source {config.name!r}: {name}: column {config.question!r} is null in {nulls} "
-                f"of {len(table)} rows"
-            )
+        if config.question in table.column_names:
+            nulls = table.data.column(config.question).null_count
+            if nulls:
+                raise DataError(
+                    f"source {config.name!r}: {name}: column {config.question!r} is null in "
+                    f"{nulls} of {len(table)} rows"
+                )
+        # Pictures and sounds that nobody asked for would be decoded with every row, and sent to
+        # the reward workers.
+        wanted = None if config.images is None else _head(config.images, table.column_names)
+        unused = [c for c, feature in table.features.items() if c != wanted and _is_media(feature)]
+        table = table.remove_columns(unused)
+        # Read as it is stored: an image is then {"bytes", "path"}, and decoded where it is used.
+        self._table = table if wanted is None else table.with_format("arrow")
         _check_row(self[0], config, self.where(0))
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        entry: dict[str, Any] = self._table[row]
+        entry: Any = self._table[row]
+        if not isinstance(entry, Mapping):  # a table of one row
+            entry = entry.to_pylist()[0]
+        assert isinstance(entry, Mapping)
         return entry
 
     def where(self, row: int) -> str:
@@ -264,6 +351,14 @@ class _ProceduralRows:
             ) from error
 
 
+def _is_media(feature: Any) -> bool:
+    """Whether a feature of the `datasets` library is an image, audio or video, or lists some."""
+    inner = getattr(feature, "feature", None)
+    return type(feature).__name__ in ("Image", "Audio", "Video") or (
+        inner is not None and _is_media(inner)
+    )
+
+
 def _check_row(entry: Mapping[str, Any], config: SourceConfig, where: str) -> None:
     _check_columns(list(entry), config, where)
     read_question(entry, config, where)
@@ -272,19 +367,111 @@ def _check_row(entry: Mapping[str, Any], config: SourceConfig, where: str) -> No
 
 
 def _check_columns(columns: Sequence[str], config: SourceConfig, where: str) -> None:
-    for key, column in (("question", config.question), ("answer", config.answer)):
-        if column is not None and column not in columns:
+    keys = [("question", column) for column in _question_columns(config)]
+    keys += [(key, getattr(config, key)) for key in ("answer", "choices", "images")]
+    for key, column in keys:
+        # Rewards look `choices` up by its name alone.
+        head = column if column is None or key == "choices" else _head(column, columns)
+        if head is not None and head not in columns:
             raise DataError(
                 f"source {config.name!r}: {where}: no column {column!r} (`{key}` of the source); "
                 f"columns there: {', '.join(map(str, columns)) or 'none'}"
             )
 
 
+def _question_columns(config: SourceConfig) -> list[str]:
+    return [config.question] if isinstance(config.question, str) else config.question
+
+
+def _head(path: str, columns: Sequence[str]) -> str:
+    """The column that a path begins with. One whose own name has dots in it comes first."""
+    return path if path in columns else path.partition(".")[0]
+
+
+def without_column(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A row without the column that a path leads into."""
+    head = _head(path, list(entry))
+    return {column: value for column, value in entry.items() if column != head}
+
+
+def read_column(entry: Mapping[str, Any], path: str, config: SourceConfig, where: str) -> Any:
+    """The value of a column, or of what a path with dots leads to inside of it: keys of mappings
+    and numbers of list items ("conversations.0.value").
+
+    Raises:
+        DataError: the path leads nowhere.
+    """
+    head = _head(path, list(entry))
+    value = entry[head]
+    for step in filter(None, path[len(head) :].split(".")):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list | tuple) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            raise DataError(
+                f"source {config.name!r}: {where}: {path!r} leads nowhere: no {step!r} in "
+                f"{type(value).__name__} {_shorten(value)}"
+            )
+    return value
+
+
 def read_question(
     entry: Mapping[str, Any], config: SourceConfig, where: str
 ) -> str | list[Message]:
-    """The question: a text, or a conversation that ends with the user's turn."""
-    question = entry[config.question]
+    """The question: a text, or a conversation that ends with the user's turn. A source's `choices`
+    are written below it."""
+    columns = _question_columns(config)
+    if len(columns) == 1:
+        question = _one_question(entry, columns[0], config, where)
+    else:
+        question = _joined_question(entry, columns, config, where)
+    options = _options(entry, config, where)
+    if not options:
+        return question
+    if isinstance(question, str):
+        return question + options
+    last = question[-1]
+    return [*question[:-1], {**last, "content": last["content"] + options}]
+
+
+def _joined_question(
+    entry: Mapping[str, Any], columns: Sequence[str], config: SourceConfig, where: str
+) -> str:
+    texts = [read_column(entry, column, config, where) for column in columns]
+    for column, text in zip(columns, texts, strict=True):
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"source {config.name!r}: {where}: column {column!r}: wanted a text, one of "
+                f"several that make the question, got {type(text).__name__} {_shorten(text)}"
+            )
+    question = "\n".join(text for text in texts if text and text.strip())
+    if not question:
+        raise DataError(
+            f"source {config.name!r}: {where}: no text in any of the columns {list(columns)}"
+        )
+    return question
+
+
+def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
+    """A line for each option, each beginning with a newline; nothing where a row has none."""
+    if config.choices is None:
+        return ""
+    options = entry[config.choices]
+    if options is None:
+        return ""
+    if not isinstance(options, list | tuple) or len(options) > 26:
+        raise DataError(
+            f"source {config.name!r}: {where}: column {config.choices!r} (`choices` of the source):"
+            f" wanted a list of up to 26 options, got {type(options).__name__} {_shorten(options)}"
+        )
+    return "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
+
+
+def _one_question(
+    entry: Mapping[str, Any], column: str, config: SourceConfig, where: str
+) -> str | list[Message]:
+    question = read_column(entry, column, config, where)
     if isinstance(question, str) and question.strip():
         return question
     if isinstance(question, list) and question and all(map(_is_message, question)):
@@ -294,7 +481,7 @@ def read_question(
     else:
         got = f"{type(question).__name__} {_shorten(question)}"
     raise DataError(
-        f"source {config.name!r}: {where}: column {config.question!r}: wanted a text or a list of "
+        f"source {config.name!r}: {where}: column {column!r}: wanted a text or a list of "
         f'{{"role": ..., "content": text}} messages, got {got}'
     )
 
@@ -310,7 +497,7 @@ def _is_message(turn: Any) -> bool:
 def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
     """The target text of a supervised row; numbers are written out."""
     assert config.answer is not None
-    answer = entry[config.answer]
+    answer = read_column(entry, config.answer, config, where)
     if isinstance(answer, str):
         return answer
     if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -325,6 +512,13 @@ def seed_of(*parts: Any) -> int:
     """A 32-bit seed that depends on all parts and on nothing else (`hash` differs by process)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+def permutation(size: int, *seed_parts: Any) -> np.ndarray:
+    """An order of the numbers below `size`, determined by the parts."""
+    # RandomState, because NumPy guarantees its stream across versions and Generator's not: a run
+    # may be resumed on another machine.
+    return np.random.RandomState(seed_of(*seed_parts)).permutation(size)
 
 
 def nearest(word: str, valid: Any) -> str:

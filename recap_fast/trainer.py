@@ -31,6 +31,7 @@ from recap_fast.checkpoint import TrainerState, load_state, save_checkpoint
 from recap_fast.config import ConfigError, TrainConfig, save_config
 from recap_fast.data import DataStream
 from recap_fast.evaluate import Evaluator
+from recap_fast.images import load_image_encoder
 from recap_fast.metrics import MetricsWriter, ProgressView
 from recap_fast.model import load_policy, load_tokenizer, resolve_model
 from recap_fast.ops import group_advantages
@@ -86,7 +87,8 @@ class Trainer:
         # What the user can get wrong comes first, what takes long comes last.
         model_path = resolve_model(config.model.path)
         self.tokenizer = load_tokenizer(model_path)
-        self.stream = DataStream(config.data, self.tokenizer, config.seed)
+        images = load_image_encoder(model_path, config.data)
+        self.stream = DataStream(config.data, self.tokenizer, config.seed, images)
         self.scorer = RewardScorer(config.data.sources, config.objectives, config.rewards)
         logger.info("loading %s", checkpoint or config.model.path)
         self.policy = load_policy(config.model, str(checkpoint or model_path))
@@ -276,6 +278,8 @@ class Trainer:
         """Says at the end what was skipped and what failed, with the first error of each kind."""
         for what, count in self.stream.skipped.items():
             logger.warning("skipped rows: %s: %d", what, count)
+        for what, count in self.stream.noted.items():
+            logger.warning("rows used in part: %s: %d", what, count)
         for what, count in self.scorer.failures.items():
             logger.warning("failed rewards: %s: %d", what, count)
         for what, text in self.scorer.first_errors.items():

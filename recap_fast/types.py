@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+ORIGINAL_IMAGE_SIZES = "original_image_sizes"
+"""Key of a prompt's entry: [width, height] of each of its images, upright, before resizing."""
+MODEL_IMAGE_SIZES = "model_image_sizes"
+"""Key of a prompt's entry: [width, height] of each of its images as the model sees it."""
+
 
 class UserError(ValueError):
     """Something that the user can mend. The command line prints its text and exits with 2."""
@@ -57,7 +62,7 @@ class Prompt:
     token_ids: list[int]
     text: str  # the user's turn after the prompt template, for reports
     answer: Any  # ground truth, as the source gives it
-    entry: Mapping[str, Any]  # the source's whole row, for verifiers
+    entry: Mapping[str, Any]  # the source's row without its images, for verifiers
     images: tuple[ImageInput, ...] = ()  # in the order of their tokens
 
 

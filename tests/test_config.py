@@ -143,3 +143,76 @@ def test_local_files_are_kept_as_absolute_paths(path, tmp_path, monkeypatch):
     assert config.data.sources[0].path == str(tmp_path / "rows.jsonl")
     hub = load_config(path, [*cleared, "data.sources.0.path=someone/dataset"])
     assert hub.data.sources[0].path == "someone/dataset"
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_extended_file(path, tmp_path):
+    (tmp_path / "sub").mkdir()
+    child = {
+        "extends": "../run.yaml",
+        "run": "other",
+        "data": {"mixing": {"words": 1}},
+        "reweighting": {"method": "uniform", "parameters": {}},
+        "evaluation": {"every": 3},
+    }
+    file = write(tmp_path / "sub", child=child)
+    base, config = load_config(path), load_config(file, ["evaluation.every=5"])
+    assert config.run == "other"
+    assert config.data.mixing == {"sums": 1, "words": 1}  # merged key by key
+    assert base.reweighting.parameters
+    assert config.reweighting.parameters == {}  # an empty mapping replaces
+    assert config.evaluation.every == 5
+    assert config.model == base.model
+    assert config.data.sources == base.data.sources
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_lists_of_an_extended_file_are_replaced(path, tmp_path):
+    sources = yaml.safe_load(path.read_text())["data"]["sources"][:1]
+    file = write(
+        tmp_path, child={"extends": "run.yaml", "data": {"sources": sources, "mixing": "uniform"}}
+    )
+    config = load_config(file)
+    assert [source.name for source in config.data.sources] == ["sums"]
+    assert config.data.mixing == "uniform"
+
+
+def test_extending_badly(tmp_path):
+    circle = write(
+        tmp_path, a={"extends": "b.yaml"}, b={"extends": "./c.yaml"}, c={"extends": "a.yaml"}
+    )
+    text = message(circle)
+    assert "extends itself" in text
+    assert text.count(".yaml") == 4
+    assert "d.yaml <- " in message(write(tmp_path, e={"extends": "d.yaml"}))
+    assert "no such file" in message(write(tmp_path, e={"extends": "d.yaml"}))
+    for wrong in (None, 3, ["a.yaml"], ""):
+        assert "extends: wanted the name of a file" in message(
+            write(tmp_path, f={"extends": wrong})
+        )
+    (tmp_path / "list.yaml").write_text("[1]")
+    assert "list.yaml <- " in message(write(tmp_path, g={"extends": "list.yaml"}))
+
+
+def test_keys_of_images(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        path, ["data.sources.0.images=image", "data.sources.0.image_folder=pictures",
+               "data.sources.0.max_image_side=512", "data.max_image_pixels=401408"],
+    )  # fmt: skip
+    assert config.data.sources[0].image_folder == str(tmp_path / "pictures")
+    assert "no use without `images`" in message(path, "data.sources.0.max_image_side=512")
+    assert "max_image_side" in message(
+        path, "data.sources.0.images=image", "data.sources.0.max_image_side=0"
+    )
+    assert load_config(path, ["data.sources.0.question=[a, b]"]).data.sources[0].question == [
+        "a",
+        "b",
+    ]
+    assert "data.sources.0.question" in message(path, "data.sources.0.question=[]")

@@ -2,8 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from recap_fast.prompts import TEMPLATES, ChatRenderer, fill, resolve_template
+from recap_fast.prompts import (
+    TEMPLATES,
+    ChatRenderer,
+    count_markers,
+    fill,
+    place_images,
+    resolve_template,
+)
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.vision_rows import END, IMAGE, START, VIDEO, vision_tokenizer, vision_tokens
 
 USER = [{"role": "user", "content": "1+1?"}]
 
@@ -136,3 +144,77 @@ def test_refusing_chat_template_is_named():
 def test_supervised_row_without_any_end_is_refused():
     with pytest.raises(ValueError, match="no EOS token"):
         ChatRenderer(tiny_tokenizer(None, end=None)).supervised(USER, "2")
+
+
+# -- images
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+PICTURE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "expected"),
+    [
+        ("What?", 1, [PICTURE, part("What?")]),
+        ("What?", 2, [PICTURE, PICTURE, part("What?")]),
+        ("<image>What?", 1, [PICTURE, part("What?")]),
+        ("<image>\nWhat?", 1, [PICTURE, part("What?")]),
+        ("<image>\n<image>\nWhat?\n", 2, [PICTURE, PICTURE, part("What?")]),
+        ("What?\n<image>", 1, [part("What?"), PICTURE]),
+        ("Is <image> a\nor <image>", 2, [part("Is "), PICTURE, part(" a\nor "), PICTURE]),
+        ("<image>", 1, [PICTURE]),
+    ],
+)  # fmt: skip
+def test_images_are_placed(text, count, expected):
+    assert place_images(user(text), count) == [{"role": "user", "content": expected}]
+
+
+def test_markers_are_counted_in_the_users_turns():
+    turns = [
+        {"role": "system", "content": "<image>"},
+        {"role": "user", "content": "<image> <image>"},
+        {"role": "assistant", "content": "<image>"},
+        {"role": "user", "content": "<image>"},
+    ]
+    assert count_markers(turns) == 3
+    placed = place_images(turns, 3)
+    assert [type(turn["content"]) for turn in placed] == [str, list, str, list]
+    assert place_images(turns, 0) == turns
+
+
+@pytest.mark.parametrize("with_template", [True, False], ids=["chat", "plain"])
+def test_image_tokens_are_repeated(with_template):
+    tokenizer = vision_tokenizer() if with_template else vision_tokenizer(None)
+    renderer = ChatRenderer(tokenizer, vision=vision_tokens(tokenizer))
+    messages = place_images(user("<image>or<image>"), 2)
+    token_ids = renderer.prompt(messages, [3, 1])
+    assert f"{START}{IMAGE * 3}{END}or{START}{IMAGE}{END}" in text_of(tokenizer, token_ids)
+    whole, num_prompt_tokens = renderer.supervised(messages, "2", [3, 1])
+    assert whole[:num_prompt_tokens] == token_ids
+    assert text_of(tokenizer, whole[num_prompt_tokens:]) == "2<|im_end|>"
+
+
+def test_number_of_image_tokens_is_checked():
+    tokenizer = vision_tokenizer()
+    renderer = ChatRenderer(tokenizer, vision=vision_tokens(tokenizer))
+    with pytest.raises(ValueError, match="1 images became 2 image tokens"):
+        renderer.prompt(place_images(user(f"spelt out {IMAGE}"), 1), [3])
+    with pytest.raises(ValueError, match="0 images became 1 image tokens"):
+        renderer.prompt(user(IMAGE))
+
+
+def test_tokens_of_images_in_a_text_are_found():
+    tokenizer = vision_tokenizer()
+    renderer = ChatRenderer(tokenizer, vision=vision_tokens(tokenizer))
+    for token in (START, END, IMAGE, VIDEO):
+        assert renderer.vision_token_in(f"a {token} b") == token
+    assert renderer.vision_token_in("<image> vision_start") is None
+    assert ChatRenderer(tokenizer).vision_token_in(IMAGE) is None
