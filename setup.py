@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "reasoning-gym>=0.1.25,<0.2",
     "pebble>=5.1",
     "matplotlib>=3.9",
+    "scikit-learn>=1.5",
     "tensorboard>=2.18",
     "liger-kernel>=0.8,<0.9; platform_system == 'Linux'",
 ]
