@@ -92,11 +92,12 @@ FAMILIES: dict[str, tuple[Setting, ...]] = {
 
 @dataclass(frozen=True)
 class Runs:
-    """What was simulated. `positions` is [G, settings, printings, starts, seeds, 2] float32."""
+    """What was simulated, for settings, PRINTINGS, STARTS and seeds."""
 
     settings: tuple[Setting, ...]
     steps: Tensor  # [G] int64, optimizer steps done
-    positions: Tensor
+    positions: Tensor  # [G, settings, printings, starts, seeds, 2] float32
+    jitter: Tensor  # [settings, printings, starts, seeds], mean change of a weight in a step
 
     def losses(self) -> Tensor:
         """Noise-free losses at `positions`, in the same shape, float64."""
@@ -126,7 +127,7 @@ def toy_losses(x: Tensor, as_printed: Tensor) -> Tensor:
 
 
 def pareto_front(printing: str, spacing: float = 0.02) -> Tensor:
-    """Losses [F, 2] of the grid points that no other grid point beats, in order of L1.
+    """Losses [F, 2], F <= 500, of grid points that no other one beats, evenly along the front.
 
     As printed, the bowls do not depend on x2 and f2 tends to 1 for x2 -> -inf, so that the front
     is reached in the limit; at the grid's edge f2 is 1 within 3e-7.
@@ -139,15 +140,18 @@ def pareto_front(printing: str, spacing: float = 0.02) -> Tensor:
     best = losses[:, 1].cummin(dim=0).values
     is_better = torch.ones(len(losses), dtype=torch.bool)
     is_better[1:] = losses[1:, 1] < best[:-1]
-    return losses[is_better]
+    front = losses[is_better]
+    along = front.diff(dim=0).norm(dim=1).cumsum(dim=0)
+    even = torch.linspace(0, float(along[-1]), 500, dtype=torch.float64)
+    return front[torch.searchsorted(along, even).clamp_max(len(front) - 1)].unique(dim=0)
 
 
 def distance_to_front(losses: Tensor, front: Tensor) -> Tensor:
     """Euclidean distance [...] of losses [..., 2] to the nearest of the front's points [F, 2].
 
-    Of the front some 500 points are taken: 0.06 apart, which bounds the error to 0.03.
+    Points that are 0.06 apart, as `pareto_front`'s, bound the error to 0.03.
     """
-    points = front[torch.linspace(0, len(front) - 1, 500).round().long().unique()].float()
+    points = front.float()
     flat = losses.float().reshape(-1, 2)
     nearest = [
         torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
@@ -182,21 +186,28 @@ def simulate(
     optimizer = torch.optim.Adam([x], lr=LEARNING_RATE)
     every = max(1, steps // _RECORDS)
     recorded, positions = [0], [x.detach().float()]
+    before = torch.ones(len(x), 2)
+    jitter = torch.zeros_like(before)
     for step in range(steps):
         losses = toy_losses(x, as_printed)
         values = losses.detach().clone()
         values[:, 0] += NOISE * noise[step].repeat(repeats)
         parts = values.split([size for _, size in groups])
-        weights = [group.update(part) for (group, _), part in zip(groups, parts, strict=True)]
+        weights = torch.cat(
+            [group.update(part) for (group, _), part in zip(groups, parts, strict=True)]
+        )
+        jitter += (weights - before).abs()
+        before = weights
         optimizer.zero_grad()
-        (torch.cat(weights) * losses).mean(dim=1).sum().backward()
+        (weights * losses).mean(dim=1).sum().backward()
         optimizer.step()
         if (step + 1) % every == 0:
             recorded.append(step + 1)
             positions.append(x.detach().float())
         on_step(step + 1)
     found = torch.stack(positions).view(-1, *layout, 2)
-    return Runs(tuple(ordered), torch.tensor(recorded), found)
+    changes = jitter.mean(dim=1).div(steps).view(layout)
+    return Runs(tuple(ordered), torch.tensor(recorded), found, changes)
 
 
 def _noise(steps: int, seeds: int) -> Tensor:

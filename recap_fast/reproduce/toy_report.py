@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,6 +44,7 @@ _TITLES = {
     "variants": "Variants of RECAP",
 }
 _COLUMNS = 5  # panels in a row
+_CONTOURS = ListedColormap(mpl.colormaps["Greys_r"](np.linspace(0.5, 0.97, 16)))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Outcome:
     steps_until_near: np.ndarray  # NaN where it never came near
     share_near: np.ndarray  # of the last tenth of the steps
     wander: np.ndarray  # standard deviation of the position over the last tenth
+    jitter: np.ndarray  # mean change of a weight in a step
 
     @property
     def reached(self) -> np.ndarray:
@@ -116,6 +119,7 @@ def measure(runs: Runs, fronts: Mapping[str, torch.Tensor]) -> list[Outcome]:
                     first.numpy(),
                     is_near[late].double().mean(dim=0).numpy(),
                     spread.numpy(),
+                    runs.jitter[at, p].double().numpy(),
                 )
             )
     return outcomes
@@ -131,7 +135,8 @@ def render_tables(outcomes: Sequence[Outcome], steps: int, seeds: int) -> str:
         f"Toy problem: {steps:,} steps of Adam, {len(STARTS)} starts, {seeds} noise seeds. "
         f"Distances are in loss space; near is within {NEAR:g}. "
         "Plus-minus is the standard deviation over seeds of the mean over starts; "
-        '"moves" is the standard deviation of the position over the last tenth of the steps.'
+        '"moves" is the standard deviation of the position over the last tenth of the steps, '
+        '"jitter" the mean change of a weight in a step.'
     ]
     for printing in PRINTINGS:
         for family, title in _TITLES.items():
@@ -146,8 +151,8 @@ def render_tables(outcomes: Sequence[Outcome], steps: int, seeds: int) -> str:
 def _summary(rows: Sequence[Outcome]) -> list[str]:
     lines = [
         "| setting | starts reached by every seed | runs near at the end | distance | worst run "
-        "| L1 | L2 | steps until near | time near, last tenth | moves |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| L1 | L2 | steps until near | time near, last tenth | moves | jitter |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         near = row.distance <= NEAR
@@ -162,6 +167,7 @@ def _summary(rows: Sequence[Outcome]) -> list[str]:
             _mean_steps(row.steps_until_near),
             f"{row.share_near.mean():.0%}",
             f"{row.wander.mean():.3f}",
+            f"{row.jitter.mean():.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -208,6 +214,7 @@ def as_json(outcomes: Sequence[Outcome], steps: int, seeds: int) -> dict[str, An
             "steps_until_near": _rounded(row.steps_until_near),
             "share_near": _rounded(row.share_near),
             "wander": _rounded(row.wander),
+            "jitter": _rounded(row.jitter),
         }
         for row in outcomes
     ]
@@ -241,10 +248,12 @@ def draw_family(
     with mpl.rc_context({**_STYLE, "axes.grid": False, "font.size": 8, "axes.titlesize": 9}):
         figure = Figure(figsize=(2.15 * columns + 0.5, 4.3 * blocks), dpi=80, layout="constrained")
         grid = figure.subplots(2 * blocks, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_visible(False)
+        for number in range(len(family), blocks * columns):
+            block, column = divmod(number, columns)
+            grid[2 * block, column].remove()
+            grid[2 * block + 1, column].remove()
         for number, setting in enumerate(family):
-            block, column = divmod(number, _COLUMNS)
+            block, column = divmod(number, columns)
             at = runs.settings.index(setting), PRINTINGS.index(printing)
             above, below = grid[2 * block, column], grid[2 * block + 1, column]
             above.set_title(setting.name)
@@ -261,7 +270,7 @@ def _draw_positions(axes: Axes, positions: np.ndarray, printing: str) -> None:
     side = torch.linspace(-11, 11, 160, dtype=torch.float64)
     x2, x1 = torch.meshgrid(side, side, indexing="ij")
     mean = toy_losses(torch.stack((x1, x2), -1), torch.tensor(printing == "paper")).mean(-1)
-    axes.contourf(side, side, mean, levels=16, cmap="Greys_r", alpha=0.45)
+    axes.contourf(side, side, mean, levels=16, cmap=_CONTOURS)
     _draw_paths(axes, positions)
     axes.set(xlim=(-11, 11), ylim=(-11, 11), xlabel="x1", xticks=(-10, 0, 10), yticks=(-10, 0, 10))
 
