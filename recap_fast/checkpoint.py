@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recap_fast.types import UserError
+
+if TYPE_CHECKING:
+    from recap_fast.images import ImageEncoder
 
 _TENSORS = "trainer_state.safetensors"
 _STATE = "trainer_state.json"
@@ -44,8 +47,13 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     keep: int,
+    images: ImageEncoder | None = None,
 ) -> Path:
-    """Writes folder/step-NNNNNN and removes all but the newest `keep`."""
+    """Writes folder/step-NNNNNN and removes all but the newest `keep`.
+
+    Args:
+        images: of a vision-language model; its processor's settings are part of the model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
     if (final / _STATE).exists():  # complete, of the very same step
@@ -54,6 +62,8 @@ def save_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    if images is not None:
+        images.save(staging)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     save_file(tensors, staging / _TENSORS)
     content = {"step": state.step, "data": state.data}

@@ -139,6 +139,7 @@ def evaluate_model(config: TrainConfig, path: str) -> dict[str, float]:
             max_model_len=config.max_rollout_tokens,
             seed=config.seed,
             device=policy.device,
+            image_pixels=images.pixel_budget if images else None,
         )
         try:
             engine.sync_weights(iter_weights(policy.model))

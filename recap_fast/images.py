@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from recap_fast.config import DataConfig
 from recap_fast.types import ImageInput, UserError
@@ -134,6 +134,8 @@ def decode_image(raw: RawImage) -> Decoded:
         return Decoded(_to_rgb(ImageOps.exif_transpose(image)), is_animated)
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage("image_unreadable", "it is of no format that Pillow knows") from None
     except Image.DecompressionBombError:
         raise _too_large("more than twice") from None
     except Exception as error:  # decoders raise whatever they stumble over
@@ -235,6 +237,11 @@ class ImageEncoder:
                 f"{self.max_pixels} pixels: set both data.min_image_pixels and "
                 f"data.max_image_pixels (unset, each is the model's own)"
             )
+
+    @property
+    def pixel_budget(self) -> tuple[int, int] | None:
+        """Least and largest area of an image; None where no row has images."""
+        return None if self._processor is None else (self.min_pixels, self.max_pixels)
 
     def size_for(self, width: int, height: int, max_side: int | None = None) -> tuple[int, int]:
         """Width and height at which the model sees an image of a given size.

@@ -87,8 +87,8 @@ class Trainer:
         # What the user can get wrong comes first, what takes long comes last.
         model_path = resolve_model(config.model.path)
         self.tokenizer = load_tokenizer(model_path)
-        images = load_image_encoder(model_path, config.data)
-        self.stream = DataStream(config.data, self.tokenizer, config.seed, images)
+        self.images = load_image_encoder(model_path, config.data)
+        self.stream = DataStream(config.data, self.tokenizer, config.seed, self.images)
         self.scorer = RewardScorer(config.data.sources, config.objectives, config.rewards)
         logger.info("loading %s", checkpoint or config.model.path)
         self.policy = load_policy(config.model, str(checkpoint or model_path))
@@ -115,6 +115,7 @@ class Trainer:
             max_model_len=config.max_rollout_tokens,
             seed=config.seed,
             device=self.policy.device,
+            image_pixels=self.images.pixel_budget if self.images else None,
         )
         self.guard = MismatchGuard(config.rollout, self.engine, self.policy.model)
         self.evaluator = Evaluator(config, self.policy, self.engine, self.scorer, self.stream)
@@ -297,8 +298,14 @@ class Trainer:
         if self.policy.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
         state = TrainerState(self.step, self.stream.state_dict(), tensors)
-        keep = self.config.checkpoint.keep
-        return save_checkpoint(self._checkpoints, state, self.policy.model, self.tokenizer, keep)
+        return save_checkpoint(
+            self._checkpoints,
+            state,
+            self.policy.model,
+            self.tokenizer,
+            keep=self.config.checkpoint.keep,
+            images=self.images,
+        )
 
     def _restore(self, state: TrainerState) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
