@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2VLImageProcessorPil,
 )
 
 from recap_fast import attention
@@ -22,6 +23,7 @@ from recap_fast.config import TrainConfig, load_config
 from recap_fast.model import Policy
 from recap_fast.types import ImageInput
 from tests.tiny_tokenizer import tiny_tokenizer
+from tests.vision_rows import vision_tokenizer, vision_tokens
 
 VOCAB = 331
 
@@ -81,7 +83,9 @@ _VISION: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_vision_config(kind: str, *, tied: bool = True, **text: Any) -> Any:
+def tiny_vision_config(
+    kind: str, *, tied: bool = True, tokens: dict[str, int] = VISION_TOKENS, **text: Any
+) -> Any:
     """Configuration of a vision-language model of one of `recap_fast.vision.MODEL_TYPES`.
 
     Args:
@@ -94,14 +98,14 @@ def tiny_vision_config(kind: str, *, tied: bool = True, **text: Any) -> Any:
         text_config=_TEXT | text,
         vision_config=vision | _VISION[kind],
         tie_word_embeddings=tied,
-        **VISION_TOKENS,
+        **tokens,
     )
 
 
-def tiny_vision_model(kind: str, *, seed: int = 0, tied: bool = True, **text: Any) -> Any:
+def tiny_vision_model(kind: str, *, seed: int = 0, **settings: Any) -> Any:
     """A vision-language model as transformers makes it. Biases and norms are random too."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(tiny_vision_config(kind, tied=tied, **text))
+    model = AutoModelForImageTextToText.from_config(tiny_vision_config(kind, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -139,6 +143,23 @@ def save_tiny_model(folder: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_vision_model(folder: Path, kind: str = "qwen2_5_vl") -> Path:
+    """The same of a vision-language model, with an image processor."""
+    tokenizer = vision_tokenizer()
+    ids = vision_tokens(tokenizer)
+    tokens = {"image_token_id": ids.image, "video_token_id": ids.video,
+              "vision_start_token_id": ids.start, "vision_end_token_id": ids.end}  # fmt: skip
+    model = tiny_vision_model(kind, tokens=tokens, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = PATCH * MERGE
+    Qwen2VLImageProcessorPil(
+        patch_size=PATCH, merge_size=MERGE, min_pixels=side**2, max_pixels=36 * side**2
+    ).save_pretrained(folder)
     return folder
 
 

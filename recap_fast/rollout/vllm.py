@@ -363,7 +363,7 @@ def _module_columns(module: Any, leaf: str, shape: Sequence[int], count: int) ->
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     parameter = getattr(module, leaf, None)
-    if parameter is None:
+    if parameter is None or parameter.is_meta:  # a vision tower that no image asks for
         return None
     if leaf == "weight" and len(shape) == 2 and isinstance(module, LinearBase | ParallelLMHead):
         picks = column_picks(shape[1], count)

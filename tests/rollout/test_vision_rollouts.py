@@ -3,12 +3,17 @@ requests that vLLM gets, against vLLM's own types."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from transformers.utils import is_torchvision_available
 
 from recap_fast.config import RolloutConfig
 from recap_fast.model import Policy
@@ -171,27 +176,42 @@ def test_what_vllm_is_told_about_images(vision):
     assert (given | without).keys() <= known
 
 
+CLASSES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+
+
+@pytest.fixture
+def vllm_models(monkeypatch):
+    """vLLM's model modules, which import torchvision through transformers' image processor only to
+    have its rule for sizes."""
+    pytest.importorskip("vllm.model_executor.models.utils")
+    name = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+    if not is_torchvision_available():
+        pillow = importlib.import_module(name.replace("processing_", "processing_pil_"))
+        stand_in = ModuleType(name)
+        vars(stand_in).update(
+            smart_resize=pillow.smart_resize, Qwen2VLImageProcessor=pillow.Qwen2VLImageProcessorPil
+        )
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    before = set(sys.modules)
+    yield lambda kind: importlib.import_module(f"vllm.model_executor.models.{kind}")
+    for module in set(sys.modules) - before:
+        if "vl" in module.rpartition(".")[2]:
+            del sys.modules[module]  # made with the stand-in
+
+
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_sent_under_names_that_vllm_loads(kind, tied, tmp_path):
+def test_weights_are_sent_under_names_that_vllm_loads(vllm_models, kind, tied, tmp_path):
     """What a saved checkpoint is called and what a sync sends end up as the same weights."""
-    from safetensors import safe_open
-
-    utils = pytest.importorskip("vllm.model_executor.models.utils")
-    module = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}[kind]
-    vllm_models = pytest.importorskip(f"vllm.model_executor.models.{module}")
-    names = {
-        "qwen2_vl": "Qwen2VLForConditionalGeneration",
-        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-        "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    }
-    mapper = getattr(vllm_models, names[kind]).hf_to_vllm_mapper
-    assert isinstance(mapper, utils.WeightsMapper)
+    mapper = getattr(vllm_models(kind), CLASSES[kind]).hf_to_vllm_mapper
     model = packed_vision_model(kind, tied=tied)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = set(mapper.apply_list(list(file.keys())))
     sent = set(mapper.apply_list([name for name, _ in iter_weights(model)]))
-    head = {"language_model.lm_head.weight"}
-    assert sent == saved | head
+    assert sent == saved | {"language_model.lm_head.weight"}
     assert {name.split(".")[0] for name in sent} == {"visual", "language_model"}
