@@ -35,6 +35,10 @@ MAX_FILE_PIXELS = 89_478_485
 MAX_ASPECT_RATIO = 200
 """Long side to short side; the processors of the Qwen-VL models refuse more."""
 
+_BUDGET_RATIO = 3
+"""Largest to smallest area of a usable budget. Below 2 and a bit the processors' rule has no fixed
+point for some images: what it makes of one it would resize again."""
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _WHITE = (255, 255, 255, 255)
 
@@ -231,10 +235,11 @@ class ImageEncoder:
                 f"model.path: its image processor is {type(processor).__name__}; wanted one of the "
                 f"Qwen-VL kind, with patch_size, merge_size and a budget of pixels"
             ) from error
-        if self.min_pixels > self.max_pixels:
+        if self.max_pixels < _BUDGET_RATIO * self.min_pixels:
             raise ImageError(
                 f"an image's area would have to be at least {self.min_pixels} and at most "
-                f"{self.max_pixels} pixels: set both data.min_image_pixels and "
+                f"{self.max_pixels} pixels, but not all images can be resized to within less than "
+                f"a factor of {_BUDGET_RATIO}: set both data.min_image_pixels and "
                 f"data.max_image_pixels (unset, each is the model's own)"
             )
 
@@ -254,10 +259,11 @@ class ImageEncoder:
             width = max(1, round(width * max_side / longest))
             height = max(1, round(height * max_side / longest))
         size = (width, height)
-        for _ in range(8):  # elongated images take a second round; more is not known to happen
-            fitted = fit_size(
-                *size, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels
-            )
+        factor = self.patch_size * self.merge_size
+        # Once does it for nearly all images. Elongated ones take a few rounds (at most 7 in tests)
+        # until another processor would leave them as they are.
+        for _ in range(16):
+            fitted = fit_size(*size, factor, self.min_pixels, self.max_pixels)
             if fitted == size:
                 break
             size = fitted

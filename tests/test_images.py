@@ -244,11 +244,17 @@ def test_sizes_are_the_processors_own(budget, patch_size):
         assert fitted[0] * fitted[1] == count * patch_size**2, (width, height)
 
 
-def test_a_fitted_size_stays_as_it_is():
-    small = encoder(max_pixels=28 * 28 * 4)
-    for width, height in [(4000, 20), (20, 4000), (1, 1), (30, 5000), (640, 480), (113, 2000)]:
+@pytest.mark.parametrize("least", [28 * 28, 56 * 56, 112 * 112, 65536])
+def test_a_fitted_size_stays_as_it_is(least):
+    """An engine's own processor then finds nothing to do, so it makes as many tokens as we do."""
+    small = encoder(min_pixels=least, max_pixels=3 * least)
+    random = np.random.RandomState(0)
+    for _ in range(2000):
+        width, height = (int(side) for side in np.exp2(random.uniform(0, 12, 2)))
+        if max(width, height) > 200 * min(width, height):
+            continue
         size = small.size_for(width, height)
-        assert small.size_for(*size) == size
+        assert fit_size(*size, 28, least, 3 * least) == size
         assert size[0] % 28 == size[1] % 28 == 0
 
 
@@ -281,8 +287,9 @@ def test_budget_of_pixels():
     assert encoder().size_for(2000, 2000) == (224, 224)  # 64 tokens, the processor's own
     assert encoder(max_pixels=28 * 28 * 4).size_for(2000, 2000) == (56, 56)
     assert encoder(min_pixels=112 * 112).size_for(10, 10) == (112, 112)
-    with pytest.raises(ImageError, match=r"at least 784 and at most 100 .*data\.min_image_pixels"):
-        encoder(max_pixels=100)
+    for least, largest in [(None, 100), (3136, 9407)]:
+        with pytest.raises(ImageError, match=r"at least \d+ and at most \d+ .*data\.min_image"):
+            encoder(min_pixels=least, max_pixels=largest)
 
 
 def test_processor_of_another_kind():
