@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from recap_fast.types import MODEL_IMAGE_SIZES, ORIGINAL_IMAGE_SIZES, RewardSample
 
@@ -225,7 +225,10 @@ _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 _Extent = tuple[float, float]  # how many units an image is wide and high
 
-_UNITS: dict[str, _Extent | None] = {
+BoxFormat = Literal["xyxy", "xywh"]
+BoxUnits = Literal["pixels", "fraction", "thousandths"]
+
+_UNITS: dict[BoxUnits, _Extent | None] = {
     "pixels": None,
     "fraction": (1.0, 1.0),
     "thousandths": (1000.0, 1000.0),
@@ -238,9 +241,9 @@ pixel or two. More means that the truth is in other units."""
 def iou(
     sample: RewardSample,
     *,
-    box_format: str = "xyxy",
-    units: str = "pixels",
-    answer_units: str = "pixels",
+    box_format: BoxFormat = "xyxy",
+    units: BoxUnits = "pixels",
+    answer_units: BoxUnits = "pixels",
     threshold: float | None = None,
 ) -> float:
     """Intersection over union of the box in the answer and the true one, in [0, 1].
@@ -260,8 +263,7 @@ def iou(
         threshold: if given, the reward is 1 for an overlap above it and 0 for one up to it.
 
     Raises:
-        ValueError: the truth is no such box, or lies outside of the image, or a parameter is
-            unknown.
+        ValueError: the truth is no such box, or lies outside of the image.
     """
     original = _extent(units, sample.entry.get(ORIGINAL_IMAGE_SIZES))
     seen = _extent(answer_units, sample.entry.get(MODEL_IMAGE_SIZES))
@@ -279,20 +281,16 @@ def iou(
     return overlap if threshold is None else float(overlap > threshold)
 
 
-def _extent(units: str, sizes: Any) -> _Extent | None:
+def _extent(units: BoxUnits, sizes: Any) -> _Extent | None:
     """Width and height of the row's first image in the given units; None for pixels of a row
     without images."""
-    if units not in _UNITS:
-        raise ValueError(f"units of boxes are {', '.join(_UNITS)}; got {units!r}")
     if units != "pixels" or not sizes:
         return _UNITS[units]
     width, height = sizes[0]
     return float(width), float(height)
 
 
-def _true_box(answer: Any, box_format: str) -> _Box:
-    if box_format not in ("xyxy", "xywh"):
-        raise ValueError(f"box_format is xyxy or xywh, got {box_format!r}")
+def _true_box(answer: Any, box_format: BoxFormat) -> _Box:
     numbers = _numbers(answer)
     if numbers is not None and box_format == "xywh":
         x1, y1, width, height = numbers
@@ -335,7 +333,7 @@ def _relative(box: _Box, extent: _Extent) -> _Box:
     return box[0] / width, box[1] / height, box[2] / width, box[3] / height
 
 
-def _inside(box: _Box, answer: Any, units: str) -> _Box:
+def _inside(box: _Box, answer: Any, units: BoxUnits) -> _Box:
     """A true box, cut off at the image's edges."""
     x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in box)
     far = any(not -_OUTSIDE <= value <= 1 + _OUTSIDE for value in box)

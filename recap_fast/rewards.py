@@ -27,7 +27,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin from 3.11 on
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -69,6 +69,8 @@ def resolve(spec: RewardSpec | str) -> tuple[RewardFunction, dict[str, Any]]:
         hint = f"did you mean {close[0]!r}?" if close else f"built in are {', '.join(BUILTIN)};"
         raise RewardError(f"no reward {name!r}; {hint} your own are written module:function")
     _check_parameters(function, name, spec.parameters)
+    if name in BUILTIN:
+        _check_words(function, name, spec.parameters)
     return function, spec.parameters
 
 
@@ -118,6 +120,18 @@ def _check_parameters(function: RewardFunction, name: str, parameters: Mapping[s
             f"reward {name!r} cannot be called with a sample and the parameters "
             f"{dict(parameters)}: {error}; its parameters are: {takes}"
         ) from None
+
+
+def _check_words(function: RewardFunction, name: str, parameters: Mapping[str, Any]) -> None:
+    """Raises `RewardError` for a word that a built-in function does not know. Others' annotations
+    cannot be relied on."""
+    for key, hint in get_type_hints(function).items():
+        words = get_args(hint) if get_origin(hint) is Literal else None
+        if words is not None and key in parameters and parameters[key] not in words:
+            raise RewardError(
+                f"reward {name!r}: parameter {key} is one of {', '.join(words)}; got "
+                f"{parameters[key]!r}"
+            )
 
 
 def _describe(error: BaseException) -> str:

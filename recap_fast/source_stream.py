@@ -167,7 +167,8 @@ class SourceStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._epoch, self._position = state["epoch"], state["position"]
         self.drawn, self._looked_at = state["drawn"], state["looked_at"]
-        self.skipped, self.noted = Counter(state["skipped"]), Counter(state["noted"])
+        self.skipped = Counter(state["skipped"])
+        self.noted = Counter(state.get("noted", {}))  # cursors of earlier versions have none
 
     def _hold_out(self) -> tuple[dict[int, None], set[_Key]]:
         """Chooses the held-out rows: numbers, in order, and keys of their (distinct) questions."""

@@ -306,8 +306,6 @@ def test_iou_units_without_an_image():
         ([0, 0, float("inf"), 10], {}, "the truth must be a box"),
         ([[0, 0, 10, 10]], {}, "the truth must be a box"),
         ([True, 0, 10, 10], {}, "the truth must be a box"),
-        ([0, 0, 10, 10], {"box_format": "yxyx"}, "box_format is xyxy or xywh"),
-        ([0, 0, 10, 10], {"units": "percent"}, "units of boxes are pixels, fraction, thousandths"),
     ],
 )
 def test_iou_with_a_truth_in_other_units(truth, parameters, message):

@@ -37,6 +37,18 @@ def scorer(rewards, names=("r",), **config):
     return RewardScorer([source(rewards)], objectives(*names), RewardsConfig(**config))
 
 
+def test_accuracy_knows_the_options_of_its_source():
+    rows = [{"answer": 1, "options": ["left", "right"]}, {"answer": "7", "options": None}]
+    rollouts = [
+        rollout("<answer>(B)</answer>", 1, entry=rows[0]),
+        rollout("<answer>left</answer>", 1, entry=rows[0]),
+        rollout("<answer>7</answer>", "7", entry=rows[1]),
+    ]
+    asked = source({"r": "accuracy"}, choices="options")
+    with RewardScorer([asked], objectives("r"), RewardsConfig(timeout=30)) as scoring:
+        assert scoring.score(rollouts, 10).values[:, 0].tolist() == [1, 0, 1]
+
+
 # -- from a name to a function
 
 
@@ -60,6 +72,11 @@ def test_resolve():
         (f"{CASES}:not_callable", "is int, which cannot be called"),
         (f"{CASES}:scaled", "missing a required argument: 'factor'"),
         (RewardSpec(function="overlong", parameters={"bufer": 3}), "parameters are: max_length, b"),
+        (
+            RewardSpec(function="iou", parameters={"units": "percent"}),
+            "parameter units is one of pixels, fraction, thousandths; got 'percent'",
+        ),
+        (RewardSpec(function="iou", parameters={"box_format": "yxyx"}), "xyxy, xywh; got 'yxyx'"),
     ],
 )
 def test_unusable_reward_is_refused_at_the_start(spec, expected):
