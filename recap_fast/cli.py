@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -64,18 +64,41 @@ def train(
 def evaluate(
     source: Annotated[Path, typer.Argument(help="YAML file or run folder", metavar="CONFIG|RUN")],
     overrides: Overrides = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="lm-eval's or lmms-eval's name of a benchmark, e.g. gsm8k"),
+    ] = None,
+    harness: Annotated[
+        Literal["lm-eval", "lmms-eval"] | None, typer.Option(help="by default after the model")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="examples of each task")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="further task definitions", exists=True, file_okay=False)
+    ] = None,
 ) -> None:
-    """Evaluate the model of a configuration, or the newest checkpoint of a run."""
+    """Evaluate a configuration's model or a run's newest checkpoint: on the sources' held-out rows,
+    or on the benchmarks given with --task."""
     from recap_fast.config import load_config
 
+    if not tasks and (harness or limit or task_folder):
+        raise UserError("--harness, --limit and --task-folder need a --task that they apply to")
     is_run = source.is_dir()
     loaded = load_config(source / "config.yaml" if is_run else source, overrides or ())
     _quieten()
     from recap_fast.checkpoint import latest_checkpoint
-    from recap_fast.evaluate import evaluate_model
 
     path = str(latest_checkpoint(source / "checkpoints")) if is_run else loaded.model.path
-    for name, value in evaluate_model(loaded, path).items():
+    if tasks:
+        from recap_fast.harness import evaluate_tasks
+
+        scores = evaluate_tasks(
+            loaded, path, tasks, harness=harness, limit=limit, task_folder=task_folder
+        )
+    else:
+        from recap_fast.evaluate import evaluate_model
+
+        scores = evaluate_model(loaded, path)
+    for name, value in scores.items():
         print(f"{name}\t{value:.4f}")
 
 
@@ -169,6 +192,28 @@ def signals(
     from recap_fast.reproduce.signals_report import run_signals
 
     print(run_signals(output))
+
+
+@reproduce.command()
+def digits(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="three methods, one seed, a few steps; for CI")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="folder for runs, tables and figures; runs/reproduce/digits[-quick]"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
+    base_only: Annotated[
+        bool, typer.Option("--base-only", help="only build the base model, and print its scores")
+    ] = False,
+) -> None:
+    """What training on one ability does to the others, by method; goes on where it was stopped."""
+    _quieten()
+    from recap_fast.reproduce.digits_report import run_digits
+
+    folder = output or Path("runs/reproduce") / ("digits-quick" if quick else "digits")
+    print(run_digits(folder, quick=quick, jobs=jobs, base_only=base_only))
 
 
 def _quieten() -> None:

@@ -1,0 +1,65 @@
+"""`recap-fast reproduce digits`: the base, the grid, and what came out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from recap_fast.reproduce.digits import SCORES_FILE, BaseSettings, base_scores, ensure_base
+from recap_fast.reproduce.experiment import ExperimentSettings, grid, run_config, run_grid
+from recap_fast.reproduce.figures import draw_figures
+from recap_fast.reproduce.results import SCORES, collect, write_results
+
+FULL = ExperimentSettings()
+QUICK = ExperimentSettings(
+    base=BaseSettings(text_width=64, text_layers=2, vision_width=64, vision_layers=2, steps=60),
+    methods=("reasoning-only", "uniform", "recap"),
+    seeds=(0,),
+    steps=12,
+    batch_size=6,
+    evaluate_every=6,
+    held_out=32,
+    window=3,
+)
+"""Shows that everything works, and nothing else: its base has hardly learnt to see."""
+
+
+def run_digits(output: Path, *, quick: bool, jobs: int, base_only: bool) -> str:
+    """Runs what is missing of the experiment and returns its table.
+
+    Args:
+        output: folder of runs, results.json, results.md and figures/.
+        jobs: runs at a time.
+        base_only: builds the base if it is missing, and returns its scores.
+
+    Raises:
+        UserError: stopped, a run failed, or the folder holds another experiment.
+    """
+    settings = QUICK if quick else FULL
+    console = Console(stderr=True)
+    output.mkdir(parents=True, exist_ok=True)
+    built = (settings.base.folder / SCORES_FILE).exists()
+    console.print(
+        f"the base is {settings.base.folder}" if built else "building the base", highlight=False
+    )
+    scored = settings.methods[0]
+    base = ensure_base(
+        settings.base, lambda model: run_config(settings, model, output, scored, seed=0)
+    )
+    if base_only:
+        return _describe_base(base_scores(base))
+    cells = grid(settings, base, output)
+    run_grid(cells, jobs, console)
+    runs = collect(cells)
+    table = write_results(runs, settings, output)
+    for plot in draw_figures(runs, output / "figures"):
+        console.print(f"{plot.path}: {plot.caption}", highlight=False, soft_wrap=True)
+    return table
+
+
+def _describe_base(scores: Mapping[str, float]) -> str:
+    shown = {score.label: scores[score.key] for score in SCORES.values()}
+    return json.dumps({**shown, "seconds": scores["seconds"]}, indent=1)
