@@ -260,18 +260,17 @@ def test_the_same_question_about_the_same_image_is_held_out(folder):
 
 
 def test_held_out_rows_are_prepared_anew_and_counted_once(folder):
-    picture(28, 28).save(folder / "0.gif", save_all=True, append_images=[picture(28, 28, seed=1)])
-    path = write_rows(folder, [*rows(2), {"question": "g", "answer": "1", "image": "0.gif"}])
-    data = stream(source(path, held_out=2))
-    first, second = data.held_out("s"), data.held_out("s")
-    assert [p.token_ids for p in first] == [p.token_ids for p in second]
-    assert first[0].images[0] is not second[0].images[0]
-    assert sum(data.noted.values()) <= 1
-    (folder / f"{first[0].entry['question'][1:] or 0}.png").unlink(missing_ok=True)
-    (folder / "0.gif").unlink()
-    for number in range(3):
-        (folder / f"{number}.png").unlink(missing_ok=True)
-    with pytest.raises(DataError, match="cannot be read any more"):
+    frames = [picture(28, 28, seed=number) for number in range(2)]
+    for name in "ab":
+        frames[0].save(folder / f"{name}.gif", save_all=True, append_images=frames[1:])
+    table = [{"question": name, "answer": "1", "image": f"{name}.gif"} for name in "ab"]
+    data = stream(source(write_rows(folder, table), held_out=1))
+    first, second = data.held_out("s")[0], data.held_out("s")[0]
+    assert first.token_ids == second.token_ids
+    assert first.images[0] is not second.images[0]
+    assert data.noted == {"s/animated_image": 1}
+    (folder / f"{first.text}.gif").unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d: a held-out row cannot be read any more"):
         data.held_out("s")
 
 
