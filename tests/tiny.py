@@ -71,13 +71,13 @@ _TEXT = {
     },
 }  # fmt: skip
 _VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
     "qwen2_5_vl": {
-        "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
+        "hidden_size": 32, "intermediate_size": 48,
         "window_size": 16, "fullatt_block_indexes": [1],  # windows of 2 x 2 image tokens
     },
     "qwen3_vl": {
-        "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
+        "hidden_size": 32, "intermediate_size": 48,
         "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
     },
 }  # fmt: skip
@@ -91,11 +91,15 @@ def tiny_vision_config(
     Args:
         text: instead of the text model's settings.
     """
+    text = _TEXT | text
+    output = "hidden_size" if kind == "qwen2_vl" else "out_hidden_size"
     vision = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": MERGE,
-              "initializer_range": 0.1}  # fmt: skip
+              "initializer_range": 0.1, output: text["hidden_size"]}  # fmt: skip
+    if kind == "qwen3_vl":
+        text["rope_parameters"] = text["rope_parameters"] | {"mrope_interleaved": True}
     return AutoConfig.for_model(
         kind,
-        text_config=_TEXT | text,
+        text_config=text,
         vision_config=vision | _VISION[kind],
         tie_word_embeddings=tied,
         **tokens,
@@ -146,13 +150,13 @@ def save_tiny_model(folder: Path) -> Path:
     return folder
 
 
-def save_tiny_vision_model(folder: Path, kind: str = "qwen2_5_vl") -> Path:
+def save_tiny_vision_model(folder: Path, kind: str = "qwen2_5_vl", **text: Any) -> Path:
     """The same of a vision-language model, with an image processor."""
     tokenizer = vision_tokenizer()
     ids = vision_tokens(tokenizer)
     tokens = {"image_token_id": ids.image, "video_token_id": ids.video,
               "vision_start_token_id": ids.start, "vision_end_token_id": ids.end}  # fmt: skip
-    model = tiny_vision_model(kind, tokens=tokens, vocab_size=len(tokenizer))
+    model = tiny_vision_model(kind, tokens=tokens, vocab_size=len(tokenizer), **text)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -230,7 +230,7 @@ def image_arguments(
         # Room for videos would be set aside otherwise.
         "limit_mm_per_prompt": {"video": 0},
         # Images arrive in their final size, which lies within these bounds and stays as it is.
-        "mm_processor_kwargs": {"min_pixels": least, "max_pixels": largest},
+        "mm_processor_kwargs": {"size": {"shortest_edge": least, "longest_edge": largest}},
     }
 
 

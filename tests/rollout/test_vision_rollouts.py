@@ -3,17 +3,13 @@ requests that vLLM gets, against vLLM's own types."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers.utils import is_torchvision_available
 
 from recap_fast.config import RolloutConfig
 from recap_fast.model import Policy
@@ -23,6 +19,7 @@ from recap_fast.rollout.protocol import EngineError, iter_weights
 from recap_fast.rollout.vllm import build_request, check_expansion, image_arguments
 from recap_fast.types import Prompt, Rollout, SamplingSpec
 from recap_fast.vision import MODEL_TYPES
+from tests.rollout.vllm_vision import vllm_model_class
 from tests.test_vision import IMAGE, alone, draw_prompt, pack, packed_logprobs
 from tests.tiny import packed_vision_model, tiny_llama, tiny_vision_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -170,44 +167,19 @@ def test_what_vllm_is_told_about_images(vision):
     without = image_arguments(vision, None)
     assert without["limit_mm_per_prompt"] == {"image": 0, "video": 0}
     given = image_arguments(vision, (64, 4096))
-    assert given["mm_processor_kwargs"] == {"min_pixels": 64, "max_pixels": 4096}
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    assert given["mm_processor_kwargs"] == {"size": size}
     assert "skip_tokenizer_init" not in given, "vLLM's image processor needs the tokenizer"
     known = signature(arguments).parameters.keys() | signature(llm).parameters.keys()
     assert (given | without).keys() <= known
 
 
-CLASSES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
-
-
-@pytest.fixture
-def vllm_models(monkeypatch):
-    """vLLM's model modules, which import torchvision through transformers' image processor only to
-    have its rule for sizes."""
-    pytest.importorskip("vllm.model_executor.models.utils")
-    name = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
-    if not is_torchvision_available():
-        pillow = importlib.import_module(name.replace("processing_", "processing_pil_"))
-        stand_in = ModuleType(name)
-        vars(stand_in).update(
-            smart_resize=pillow.smart_resize, Qwen2VLImageProcessor=pillow.Qwen2VLImageProcessorPil
-        )
-        monkeypatch.setitem(sys.modules, name, stand_in)
-    before = set(sys.modules)
-    yield lambda kind: importlib.import_module(f"vllm.model_executor.models.{kind}")
-    for module in set(sys.modules) - before:
-        if "vl" in module.rpartition(".")[2]:
-            del sys.modules[module]  # made with the stand-in
-
-
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_sent_under_names_that_vllm_loads(vllm_models, kind, tied, tmp_path):
+def test_weights_are_sent_under_names_that_vllm_loads(kind, tied, tmp_path):
     """What a saved checkpoint is called and what a sync sends end up as the same weights."""
-    mapper = getattr(vllm_models(kind), CLASSES[kind]).hf_to_vllm_mapper
+    with vllm_model_class(kind) as model_class:
+        mapper = model_class.hf_to_vllm_mapper
     model = packed_vision_model(kind, tied=tied)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
