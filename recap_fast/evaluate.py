@@ -37,34 +37,31 @@ class Evaluator:
         """Returns eval/<source>/<metric>: mean rewards of greedy completions under their
         objectives' names (for `accuracy` that is pass@1), or `loss` and `token_accuracy`."""
         metrics: dict[str, float] = {}
-        prompts: list[Prompt] = []
+        # Source by source, so that the prepared images of one are held at a time.
         for source in self.config.data.sources:
             held_out = self.stream.held_out(source.name)
-            prompts += [row for row in held_out if isinstance(row, Prompt)]
+            prompts = [row for row in held_out if isinstance(row, Prompt)]
             supervised = [row for row in held_out if isinstance(row, SupervisedRow)]
+            if prompts:
+                metrics |= self._generate_and_score(source.name, prompts)
             if supervised:
                 loss, accuracy = self._supervised(supervised)
                 metrics[f"eval/{source.name}/loss"] = loss
                 metrics[f"eval/{source.name}/token_accuracy"] = accuracy
-        return self._generate_and_score(prompts) | metrics
+        return metrics
 
-    def _generate_and_score(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        if not prompts:
-            return {}
+    def _generate_and_score(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         limit = self.config.evaluation.max_new_tokens or self.config.rollout.max_new_tokens
         greedy = SamplingSpec(n=1, max_new_tokens=limit, temperature=0.0, seed=0)
         rollouts = self.engine.generate(prompts, greedy)
         rewards = self.scorer.score(rollouts, limit).values
-        sources = np.array([prompt.source for prompt in prompts])
         metrics = {}
-        for name in dict.fromkeys(sources):
-            rows = rewards[sources == name]
-            for k, objective in enumerate(self.config.objectives):
-                present = rows[~np.isnan(rows[:, k]), k]
-                if len(present):
-                    metrics[f"eval/{name}/{objective.name}"] = float(present.mean())
-            lengths = [len(r.token_ids) for r in rollouts if r.prompt.source == name]
-            metrics[f"eval/{name}/completion_tokens"] = float(np.mean(lengths))
+        for k, objective in enumerate(self.config.objectives):
+            present = rewards[~np.isnan(rewards[:, k]), k]
+            if len(present):
+                metrics[f"eval/{name}/{objective.name}"] = float(present.mean())
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        metrics[f"eval/{name}/completion_tokens"] = float(np.mean(lengths))
         return metrics
 
     @torch.no_grad()
