@@ -175,11 +175,12 @@ def toy(
     quick: Annotated[bool, typer.Option("--quick", help="2,000 steps, 2 seeds")] = False,
     steps: Annotated[int | None, typer.Option(min=20, help="steps; 10,000")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="noise seeds; 10")] = None,
+    noise: Annotated[float, typer.Option(min=0, help="standard deviation, on L1's value")] = 3.0,
 ) -> None:
     """Two losses, five starts, noise: every reweighting method, and RECAP's parameters."""
     from recap_fast.reproduce.toy_report import run_toy
 
-    print(run_toy(output, quick=quick, steps=steps, seeds=seeds))
+    print(run_toy(output, quick=quick, steps=steps, seeds=seeds, noise=noise))
 
 
 @reproduce.command()

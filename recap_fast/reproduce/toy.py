@@ -164,6 +164,7 @@ def simulate(
     settings: Sequence[Setting],
     steps: int = STEPS,
     seeds: int = SEEDS,
+    noise: float = NOISE,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Runs:
     """Descends from every start under every setting, printing and noise seed.
@@ -172,6 +173,7 @@ def simulate(
     many seeds there are.
 
     Args:
+        noise: standard deviation of what is added to the value of L1.
         on_step: called with the number of steps done after each.
     """
     ordered = sorted(settings, key=lambda setting: setting.shape)
@@ -180,7 +182,7 @@ def simulate(
     x = starts.expand(*layout, 2).reshape(-1, 2).clone().requires_grad_()
     as_printed = torch.tensor([p == "paper" for p in PRINTINGS]).view(1, -1, 1, 1)
     as_printed = as_printed.expand(layout).reshape(-1)
-    noise = _noise(steps, seeds)
+    disturbance = noise * _standard_normals(steps, seeds)
     repeats = len(x) // seeds
     groups = _stacked(ordered, repeats // len(ordered), seeds)
     optimizer = torch.optim.Adam([x], lr=LEARNING_RATE)
@@ -191,7 +193,7 @@ def simulate(
     for step in range(steps):
         losses = toy_losses(x, as_printed)
         values = losses.detach().clone()
-        values[:, 0] += NOISE * noise[step].repeat(repeats)
+        values[:, 0] += disturbance[step].repeat(repeats)
         parts = values.split([size for _, size in groups])
         weights = torch.cat(
             [group.update(part) for (group, _), part in zip(groups, parts, strict=True)]
@@ -210,7 +212,7 @@ def simulate(
     return Runs(tuple(ordered), torch.tensor(recorded), found, changes)
 
 
-def _noise(steps: int, seeds: int) -> Tensor:
+def _standard_normals(steps: int, seeds: int) -> Tensor:
     """Standard normals [steps, seeds]."""
     columns = [
         torch.randn(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
