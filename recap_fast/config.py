@@ -185,8 +185,8 @@ class ReweightingConfig(_Model):
         "recap", "uniform", "static", "dwa", "rlw", "uw", "scale_invariant", "famo", "saw"
     ] = "recap"
     parameters: dict[str, Any] = {}
-    """Keyword arguments of the method, e.g. {window: 10, temperature: 5.0} for recap. "static"
-    takes {weights: {objective: weight}}."""
+    """Keyword arguments of the method, e.g. {window: 10, temperature: 5.0} or {preset: paper} for
+    recap. "static" takes {weights: {objective: weight}}."""
     signals: dict[str, Literal["loss", "reward"]] = {}
     """How an objective's windows are read; unset: rewards "reward", supervised losses "loss"."""
 

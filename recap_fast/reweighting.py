@@ -41,6 +41,7 @@ from recap_fast.reweighting_baselines import (
 
 __all__ = [
     "MIN_DENOMINATOR",
+    "PRESETS",
     "REWEIGHTERS",
     "Deviation",
     "DwaReweighter",
@@ -163,15 +164,34 @@ REWEIGHTERS: dict[str, type[Reweighter]] = {
 }
 
 
-def make_reweighter(name: str, num_objectives: int, **keywords: Any) -> Reweighter:
+PRESETS: dict[str, dict[str, Any]] = {
+    # Algorithm 2 has no clamp. The other values are our defaults too (docs/recap.md says why), but
+    # stay what they are here if those change.
+    "paper": {"window": 10, "temperature": 5.0, "alpha": None, "std": "window", "max_rate": None},
+}
+"""Named parameters of "recap"."""
+
+
+def make_reweighter(
+    name: str, num_objectives: int, *, preset: str | None = None, **keywords: Any
+) -> Reweighter:
     """The reweighter called `name`, for K objectives. Every method takes `signals` and `device`.
 
+    Args:
+        preset: for "recap", a name in `PRESETS`, whose parameters `keywords` go before.
+
     Raises:
-        ValueError: an unknown name or keyword (the nearest valid one is named), a missing keyword,
-            or a value outside its range.
+        ValueError: an unknown name, preset or keyword (the nearest valid one is named), a missing
+            keyword, or a value outside its range.
     """
     if name not in REWEIGHTERS:
         raise ValueError(f"unknown reweighting method {name!r}{_nearest(name, REWEIGHTERS)}")
+    if preset is not None:
+        if name != "recap":
+            raise ValueError(f"reweighting method {name!r} has no presets, got {preset!r}")
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}")
+        keywords = PRESETS[preset] | keywords
     parameters = dict(inspect.signature(REWEIGHTERS[name]).parameters)
     del parameters["num_objectives"]
     for keyword in keywords:

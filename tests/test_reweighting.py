@@ -229,6 +229,19 @@ def test_a_reward_that_leaves_zero_does_not_take_all_the_weight() -> None:
     assert all(abs(share - 0.5) < 0.1 for share in shares[-8:])
 
 
+def test_the_papers_preset_is_algorithm_2_without_our_clamp() -> None:
+    preset, given = [make_reweighter("recap", 2, preset="paper", **k) for k in ({}, {"window": 3})]
+    assert isinstance(preset, RecapReweighter)
+    assert (preset.window, preset.temperature, preset.alpha) == (10, 5.0, None)
+    assert (preset.std, preset.max_rate) == ("window", None)
+    assert isinstance(given, RecapReweighter)
+    assert (given.window, given.max_rate) == (3, None)
+    with pytest.raises(ValueError, match="did you mean 'paper'"):
+        make_reweighter("recap", 2, preset="papr")
+    with pytest.raises(ValueError, match="'dwa' has no presets"):
+        make_reweighter("dwa", 2, preset="paper")
+
+
 # --- Curves shaped like the paper's Figure 4 ---
 
 

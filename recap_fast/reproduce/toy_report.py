@@ -159,8 +159,8 @@ def render_tables(outcomes: Sequence[Outcome], steps: int, seeds: int, noise: fl
 
 def _summary(rows: Sequence[Outcome]) -> list[str]:
     lines = [
-        "| setting | starts reached by every seed | runs that miss, by start | distance | worst run "
-        "| L1 | L2 | steps until near | time near, last tenth | moves | jitter |",
+        "| setting | starts reached by every seed | runs that miss, by start | distance "
+        "| worst run | L1 | L2 | steps until near | time near, last tenth | moves | jitter |",
         "|---" * 11 + "|",
     ]
     for row in rows:
