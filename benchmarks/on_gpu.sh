@@ -9,7 +9,8 @@
 #   checks      no host sync in a step; loss and reweighter in a CUDA graph equal to eager
 #   kernels     the kernel suites beside the peers that are installed
 #   train_step  a training step on Qwen2.5-VL-3B's shapes: tokens/s, MFU, memory, profile
-#   trl_step    the same step through TRL
+#   vision_step a hybrid step with images on the same model's shapes, vision tower included
+#   trl_step    the text step through TRL
 #   rollout     weight sync into vLLM and rollouts from it
 #
 # --rehearse runs the same parts on any device with tiny shapes.
@@ -30,7 +31,7 @@ case "${1:-}" in
 esac
 
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-PARTS="${PARTS:-machine gpu_tests checks kernels train_step trl_step rollout}"
+PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step trl_step rollout}"
 LIMIT="${LIMIT:-600}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

@@ -151,6 +151,37 @@ def test_layouts_equal_one_token_at_a_time(kv_heads, groups, order):
             torch.testing.assert_close(result, wanted, atol=tolerance, rtol=tolerance)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    order=st.randoms(use_true_random=False),
+)
+def test_patches_of_an_image_see_one_another(lengths, order):
+    segments = to_segments([(length, []) for length in lengths])
+    inputs = draw_inputs(sum(lengths), kv_heads=4)
+
+    def dense(*inputs: Tensor) -> Tensor:
+        outputs = []
+        for query, key, value in zip(*(x.split(lengths) for x in inputs), strict=True):
+            scores = 0.3 * torch.einsum("qhd,khd->hqk", query, key)
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value))
+        return torch.cat(outputs)
+
+    expected = with_gradients(dense, inputs)
+    order.shuffle(segments)
+    for backend, tolerance in ((DOCUMENTED, 1e-12), (SDPA, 1e-5)):
+        layout = build_layout(segments, backend, causal=False)
+        results = with_gradients(lambda *x: layout.attend(*x, scale=0.3, dropout=0.0), inputs)  # noqa: B023
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_images_of_one_size_are_one_rectangle_without_a_mask():
+    layout = build_layout(to_segments([(6, []), (4, []), (6, [])]), SDPA, causal=False)
+    assert [tuple(bucket.queries.shape) for bucket in layout.buckets] == [(1, 4), (2, 6)]
+    assert all(bucket.mask is None for bucket in layout.buckets)
+
+
 def test_whole_sequences_need_no_gathering():
     layout = build_layout(to_segments([(3, []), (1, []), (5, [])]), DOCUMENTED)
     assert isinstance(layout, RaggedLayout)
@@ -272,6 +303,18 @@ def test_torchs_kernel_is_called_as_it_wants_to_be(monkeypatch, kv_heads, groups
         assert arguments["query"].shape == (tokens, 4, 8)
         assert arguments["key"].shape == (sum(s.num_keys for s in segments), kv_heads, 8)
         assert arguments["cu_seq_q"].dtype == arguments["cu_seq_k"].dtype == torch.int32
+
+
+def test_torchs_kernel_sees_all_of_an_image(monkeypatch):
+    backend = Backend("varlen", attention_backends._load_varlen())
+    layout = build_layout(to_segments([(4, []), (2, [])]), backend, causal=False)
+    inputs = draw_inputs(6, kv_heads=4, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    with Calls() as calls:
+        layout.to(torch.device("meta")).attend(*inputs, scale=0.3, dropout=0.0)
+    (arguments,) = calls.arguments
+    assert arguments["is_causal"] is False
+    assert list(arguments["window_size"]) == [-1, -1]
 
 
 def test_compiles_into_one_graph(monkeypatch):
@@ -457,6 +500,18 @@ def not_built_for_this(query, key, value, **rest) -> Tensor:
 def test_the_trial_refuses_what_is_wrong(kernel, reason):
     with pytest.raises(UnavailableError, match=reason):
         try_backend(Backend("wrong", kernel), NEEDS)
+
+
+def test_the_trial_of_a_vision_towers_backend():
+    needs = replace(NEEDS, num_kv_heads=4, causal=False)
+    try_backend(DOCUMENTED, needs)
+
+    def always_causal(query, key, value, *, causal, **rest):
+        return documented_kernel(query, key, value, **rest)
+
+    try_backend(Backend("wrong", always_causal), NEEDS)
+    with pytest.raises(UnavailableError, match="output differs from sdpa's"):
+        try_backend(Backend("wrong", always_causal), needs)
 
 
 def test_the_trial_leaves_random_numbers_alone():

@@ -11,6 +11,7 @@ from benchmarks.inputs import Shape
 from benchmarks.measuring import describe_device, gemm_tflops, median_seconds, pick_device
 from benchmarks.on_gpu.part import Context
 from benchmarks.training_step import WORKLOADS, Step, Workload, model_flops, recap_step
+from benchmarks.vision_step import VisionWorkload
 
 DATASHEET = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0,
              "H200": 989.0, "A100": 312.0}  # fmt: skip
@@ -27,7 +28,9 @@ def run(context: Context) -> dict[str, Any]:
     return record
 
 
-def measure(step: Step, workload: Workload, flops: float, device: torch.device) -> dict[str, Any]:
+def measure(
+    step: Step, workload: Workload | VisionWorkload, flops: float, device: torch.device
+) -> dict[str, Any]:
     """Time, speed and memory of a step that has not run yet."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
