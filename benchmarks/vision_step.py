@@ -1,10 +1,11 @@
 """A whole hybrid training step with images, on random weights of Qwen2.5-VL's architecture.
 
 The work: G prompts x R rollouts with two rewards, and S supervised rows, in one packed update.
-Every prompt and every supervised row has one image. The vision tower is frozen, as by default; the
-text model has float32 master weights, computes in bfloat16, and is updated by AdamW.
+Every prompt and every supervised row has one image. Float32 master weights, bfloat16 compute, one
+AdamW update of the text model, and of the vision tower where that is trained.
 
-FLOPs are counted as in `benchmarks.training_step`, and the tower's once: it has no backward pass.
+FLOPs are counted as in `benchmarks.training_step`. A frozen tower has no backward pass; a trained
+one's is twice its forward pass, but for the gradient of the patches, which nothing asks for.
 
     tower     = 2 P W_p + 2 M W_m + 4 D sum_p keys(p)    P patches, W_p: parameters that each meets
                                                          M image tokens, W_m: the merger's
@@ -207,7 +208,9 @@ def make_config(workload: VisionWorkload) -> TrainConfig:
     )
 
 
-def vision_step(workload: VisionWorkload, device: torch.device) -> tuple[Step, PackedUpdate]:
+def vision_step(
+    workload: VisionWorkload, device: torch.device, *, train_vision: bool = False
+) -> tuple[Step, PackedUpdate]:
     """recap-fast's optimizer step from packed batches, images included, that lie on the device."""
     config = make_config(workload)
     model = build_model(workload, device)
@@ -219,7 +222,7 @@ def vision_step(workload: VisionWorkload, device: torch.device) -> tuple[Step, P
     ]
     policy = Policy(model, torch.bfloat16, *backends)
     assert policy.vision is not None
-    policy.vision.tower.requires_grad_(False)
+    policy.vision.tower.requires_grad_(train_vision)
     optimizer = PolicyOptimizer(policy, None, config)
     rollouts, advantages, rows = make_rows(workload)
     update = pack_update(
@@ -231,9 +234,11 @@ def vision_step(workload: VisionWorkload, device: torch.device) -> tuple[Step, P
     return lambda: optimizer.step(update, weights, 1e-6), update
 
 
-def model_flops(workload: VisionWorkload, update: PackedUpdate) -> float:
+def model_flops(
+    workload: VisionWorkload, update: PackedUpdate, *, train_vision: bool = False
+) -> float:
     """Floating-point operations of the step, see the module's text."""
-    return _text_flops(workload, update) + _tower_flops(workload)
+    return _text_flops(workload, update) + _tower_flops(workload, train_vision)
 
 
 def _text_flops(workload: VisionWorkload, update: PackedUpdate) -> float:
@@ -252,11 +257,11 @@ def _text_flops(workload: VisionWorkload, update: PackedUpdate) -> float:
     return 3 * forward + 6 * predicted * shape.hidden * shape.vocab
 
 
-def _tower_flops(workload: VisionWorkload) -> float:
+def _tower_flops(workload: VisionWorkload, trained: bool) -> float:
     tower, text = workload.tower, workload.text
     width, patches = tower.hidden, tower.side**2
     by_layer = width * (4 * width + 3 * tower.intermediate)
-    by_patch = 3 * 2 * tower.patch**2 * width + tower.layers * by_layer
+    embedding = 2 * patches * 3 * 2 * tower.patch**2 * width
     merged = MERGE**2 * width
     merger = merged * (merged + text.hidden)
     # Windows that stick out over the image's edge hold fewer patches.
@@ -264,5 +269,7 @@ def _tower_flops(workload: VisionWorkload) -> float:
     lengths = [min(tower.window, tokens - start) for start in range(0, tokens, tower.window)]
     windows = sum((a * b * MERGE**2) ** 2 for a in lengths for b in lengths)
     keys = tower.full_layers * patches**2 + (tower.layers - tower.full_layers) * windows
-    image = 2 * patches * by_patch + 2 * workload.image_tokens * merger + 4 * width * keys
+    rest = 2 * patches * tower.layers * by_layer
+    rest += 2 * workload.image_tokens * merger + 4 * width * keys
+    image = 2 * embedding + 3 * rest if trained else embedding + rest
     return (workload.prompts + workload.supervised) * image

@@ -130,12 +130,15 @@ class Trainer:
 
     def _verify_sync(self) -> None:
         """Compares a few greedy tokens' log-probs before the first step is paid for."""
-        for source in self.config.data.sources:
-            held_out = self.stream.held_out(source.name)[:_VERIFIED_PROMPTS]
-            prompts = [row for row in held_out if isinstance(row, Prompt)]
-            if prompts:
-                verify_sync(self.engine, self.policy.model, prompts)
-                return
+        held_out = [
+            [row for row in self.stream.held_out(source.name) if isinstance(row, Prompt)]
+            for source in self.config.data.sources
+        ]
+        # A source with images, where there is one, shows the weights of the vision tower too.
+        held_out.sort(key=lambda rows: not any(row.images for row in rows))
+        prompts = next(filter(None, held_out), [])[:_VERIFIED_PROMPTS]
+        if prompts:
+            verify_sync(self.engine, self.policy.model, prompts)
 
     def train(self) -> bool:
         """Runs the remaining steps. Returns False when SIGTERM or Ctrl-C ended the run early, with

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recap_fast.loss_config import PolicyLossConfig
-from recap_fast.model import Policy
+from recap_fast.model import Policy, choose_attention, choose_vision_attention
 from recap_fast.packing import PackedUpdate, pack_update
 from recap_fast.types import ImageInput, Prompt, Rollout, SupervisedRow
 from recap_fast.vision import MODEL_TYPES, VisionError
@@ -213,6 +213,30 @@ def test_nothing_waits_for_the_device(kind):
     with ForbidHostSync():
         packed_logprobs(ours, update).sum().backward()
     assert ours.vision.tower.patch_embed.proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_nothing_waits_for_a_gpu(kind, backend):
+    """With the kernels that a model gets there, and as close to float32 as bfloat16 comes."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    sizes = {"hidden_size": 128, "head_dim": 32, "rope_parameters": rope}
+    exact = Policy(packed_vision_model(kind, **sizes), torch.float32)
+    rows = draw_rows(5, 2, 2, 2, images=(1, 3))
+    with torch.no_grad():
+        expected = packed_logprobs(exact, pack(rows, exact))
+    model = packed_vision_model(kind, **sizes).cuda()
+    backends = [
+        choose(backend, kind, model, torch.bfloat16)
+        for choose in (choose_attention, choose_vision_attention)
+    ]
+    ours = Policy(model, torch.bfloat16, *backends)
+    update = pack(rows, ours, attention=ours.attention).to(torch.device("cuda"))
+    packed_logprobs(ours, update)  # compiles and allocates
+    with ForbidHostSync("cuda"):
+        logprobs = packed_logprobs(ours, update)
+        logprobs.sum().backward()
+    assert (logprobs.cpu() - expected).abs().mean() < 0.05
 
 
 def test_rows_that_do_not_fit_are_named(policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,10 +17,11 @@ CPU = torch.device("cpu")
 WORKLOAD = WORKLOADS["small"]
 
 
-def test_flops_are_counted_as_they_are_done():
-    step, update = vision_step(WORKLOAD, CPU)
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_flops_are_counted_as_they_are_done(train_vision):
+    _, update = vision_step(WORKLOAD, CPU)
     policy = Policy(build_model(WORKLOAD, CPU), torch.bfloat16)
-    policy.vision.tower.requires_grad_(False)
+    policy.vision.tower.requires_grad_(train_vision)
     products = 0
     for batch in update.batches:
         with FlopCounterMode(display=False) as counter:
@@ -42,10 +44,11 @@ def test_flops_are_counted_as_they_are_done():
     visible = sum((4 * count) ** 2 for count in windows.values())
     visible += tower.side**4  # the other layer sees the whole image
     images = WORKLOAD.prompts + WORKLOAD.supervised
-    attention += images * 4 * tower.hidden * visible
+    attention += images * 4 * tower.hidden * visible * (3 if train_vision else 1)
     predicted = sum(len(batch.targets) for batch in update.batches)
     head = 6 * predicted * WORKLOAD.text.hidden * WORKLOAD.text.vocab
-    assert model_flops(WORKLOAD, update) == products + attention + head
+    counted = model_flops(WORKLOAD, update, train_vision=train_vision)
+    assert counted == products + attention + head
 
 
 def test_a_step_trains_all_three_objectives():
