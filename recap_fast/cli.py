@@ -217,6 +217,26 @@ def digits(
     print(run_digits(folder, quick=quick, jobs=jobs, base_only=base_only))
 
 
+@reproduce.command()
+def text(
+    quick: Annotated[bool, typer.Option("--quick", help="two steps of each; for a check")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for runs and table; runs/reproduce/text[-quick]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+) -> None:
+    """Sums learnt by SmolLM2-135M, with and without replay; goes on where it was stopped."""
+    _quieten()
+    from dataclasses import replace
+
+    from recap_fast.reproduce.text import FULL, QUICK, run_text
+
+    folder = output or Path("runs/reproduce") / ("text-quick" if quick else "text")
+    settings = replace(QUICK if quick else FULL, seeds=seeds)
+    print(run_text(folder, settings, jobs=jobs))
+
+
 def _quieten() -> None:
     """One log through rich; the libraries' own progress bars and warnings about their own code
     would tear the live view."""

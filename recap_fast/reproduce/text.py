@@ -1,0 +1,238 @@
+"""The forgetting experiment on text: SmolLM2-135M-Instruct learns sums by reinforcement.
+
+Three methods: reinforcement on the sums alone, and with replay of two other abilities, weighted
+uniformly or by RECAP. The other abilities are products in the model's own words, rewarded when they
+are right, and instructions, answered by the base model itself before anything is trained: their
+next-token loss says how far the model has left the base where nobody asked it to. All three are
+evaluated on held-out rows before, during and after, whether a method trains on them or not.
+
+    recap-fast reproduce text --quick
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig
+from recap_fast.metrics import describe_machine, read_metrics
+from recap_fast.plots import RunHistory
+from recap_fast.reproduce.experiment import Cell, run_grid
+
+METHODS = ("reasoning-only", "uniform", "recap")
+SCORES = {
+    "sums accuracy": "eval/sums/accuracy",
+    "sums format": "eval/sums/answer_format",
+    "products accuracy": "eval/products/product_accuracy",
+    "instructions loss": "eval/instructions/loss",
+    "instructions token accuracy": "eval/instructions/token_accuracy",
+}
+_ANSWER_PROMPT = "{question} Your reply must start with <answer> and end with </answer>."
+_INSTRUCTION_TOKENS = 64
+_TOPICS = (
+    "rain", "bread", "the moon", "bicycles", "honey", "rivers", "chess", "glass", "sleep", "cats",
+    "paper", "music", "volcanoes", "tea", "bridges", "whales", "winter", "clocks", "gardens",
+    "salt", "trains", "mirrors", "the heart", "maps", "gold", "snow", "owls", "soap", "deserts",
+    "candles", "forests", "coffee", "the sun", "books", "wheels", "fire", "bees", "ships", "milk",
+    "stars",
+)  # fmt: skip
+_INSTRUCTIONS = (
+    "Explain in one sentence why {topic} matter to people.",
+    "Write one sentence about {topic} for a child.",
+    "Give one fact about {topic}.",
+    "Ask me one question about {topic}.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """The grid and the lengths of its runs."""
+
+    model: str = "smollm2-135m-instruct"
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    seeds: int = 1
+    steps: int = 60
+    batch_size: int = 12
+    group_size: int = 8
+    max_new_tokens: int = 24
+    learning_rate: float = 2e-5
+    evaluate_every: int = 20
+    held_out: int = 48
+    topics: int = len(_TOPICS)
+    window: int = 5
+    """RECAP's: half the paper's, as the runs are an eighth of the paper's."""
+
+
+FULL = TextSettings()
+QUICK = TextSettings(
+    steps=2, batch_size=3, group_size=2, evaluate_every=1, held_out=4, topics=4, window=1
+)
+"""Shows that everything works, and nothing else."""
+
+
+def run_text(output: Path, settings: TextSettings, *, jobs: int) -> str:
+    """Runs what is missing of the experiment into `output`, and returns its table.
+
+    Raises:
+        UserError: stopped, a run failed, or the folder holds another experiment.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    instructions = output / "instructions.jsonl"
+    if not instructions.exists():
+        console.print("the base answers the instructions")
+        rows = answer_instructions(settings.model, settings.topics)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        instructions.write_text(text, encoding="utf-8")
+    cells = [
+        Cell(method, seed, run_config(settings, instructions, output, method, seed))
+        for seed in range(settings.seeds)
+        for method in METHODS
+    ]
+    run_grid(cells, jobs, console)
+    results = collect_scores(cells)
+    table = render_scores(results)
+    content = {"settings": asdict(settings), "machine": describe_machine(), "scores": results}
+    (output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def run_config(
+    settings: TextSettings, instructions: Path, output: Path, method: str, seed: int
+) -> TrainConfig:
+    """The configuration of one run; `method` is one of METHODS."""
+    alone = {"sums": 1.0, "products": 0.0, "instructions": 0.0}
+    return TrainConfig.model_validate(
+        {
+            "run": str(output / method / f"seed-{seed}"),
+            "seed": seed,
+            "model": {"path": settings.model},
+            "data": {
+                "sources": _sources(settings, instructions),
+                "batch_size": settings.batch_size,
+                "mixing": alone if method == "reasoning-only" else "uniform",
+                "max_prompt_tokens": 192,
+                "max_supervised_tokens": 192,
+            },
+            "rollout": {
+                "engine": settings.engine,
+                "group_size": settings.group_size,
+                "max_new_tokens": settings.max_new_tokens,
+            },
+            "rewards": {"workers": 1},
+            "reweighting": {
+                "method": "recap" if method == "recap" else "uniform",
+                "parameters": {"window": settings.window} if method == "recap" else {},
+            },
+            "optimizer": {"learning_rate": settings.learning_rate},
+            "training": {"steps": settings.steps},
+            "evaluation": {"every": settings.evaluate_every},
+            "checkpoint": {"every": settings.evaluate_every, "keep": 1},
+            "logging": {"tensorboard": False},
+        }
+    )
+
+
+def _sources(settings: TextSettings, instructions: Path) -> list[dict[str, Any]]:
+    rewarded = {"kind": "rl", "size": 4000, "held_out": settings.held_out}
+    one_digit = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    return [
+        {
+            "name": "sums",
+            "reasoning_gym": "chain_sum",
+            "parameters": one_digit,
+            "prompt": _ANSWER_PROMPT,
+            "rewards": {"accuracy": "accuracy", "answer_format": "answer_format"},
+            **rewarded,
+        },
+        {
+            "name": "products",
+            "reasoning_gym": "products",
+            "parameters": one_digit,
+            "rewards": {"product_accuracy": "accuracy"},
+            "replay": True,
+            **rewarded,
+        },
+        {
+            "name": "instructions",
+            "kind": "sft",
+            "path": str(instructions.resolve()),
+            "held_out": settings.held_out,
+        },
+    ]
+
+
+def answer_instructions(model: str, topics: int) -> list[dict[str, str]]:
+    """Rows {"question", "answer"}: instructions on the first topics, answered greedily by `model`.
+
+    Answers that do not end within 64 tokens are left out.
+    """
+    from recap_fast.model import load_policy, load_tokenizer, resolve_model
+    from recap_fast.prompts import ChatRenderer
+    from recap_fast.rollout.protocol import make_engine
+    from recap_fast.types import Prompt, SamplingSpec
+
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    renderer = ChatRenderer(tokenizer)
+    questions = [
+        instruction.format(topic=topic)
+        for topic, instruction in itertools.product(_TOPICS[:topics], _INSTRUCTIONS)
+    ]
+    prompts = [
+        Prompt("instructions", row, renderer.prompt([{"role": "user", "content": q}]), q, None, {})
+        for row, q in enumerate(questions)
+    ]
+    policy = load_policy(ModelConfig(path=model), path)
+    engine = make_engine(
+        RolloutConfig(engine="transformers"),
+        model=policy.model,
+        model_path=path,
+        tokenizer=tokenizer,
+        max_model_len=256,
+        seed=0,
+        device=policy.device,
+    )
+    greedy = SamplingSpec(n=1, max_new_tokens=_INSTRUCTION_TOKENS, temperature=0.0, seed=0)
+    rollouts = engine.generate(prompts, greedy)
+    return [
+        {"question": rollout.prompt.text, "answer": rollout.text.strip()}
+        for rollout in rollouts
+        if rollout.finish_reason == "stop" and rollout.text.strip()
+    ]
+
+
+def collect_scores(cells: Sequence[Cell]) -> dict[str, dict[str, list[list[float]]]]:
+    """For each method and score, [seeds][evaluations], from before the run to after it."""
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    for cell in cells:
+        history = RunHistory(read_metrics(cell.folder))
+        scores = results.setdefault(cell.method, {label: [] for label in SCORES})
+        for label, key in SCORES.items():
+            scores[label].append(history.series(key)[1].tolist())
+    return results
+
+
+def render_scores(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
+    """Markdown: a row before training, then one a method; means with deviations over seeds."""
+    lines = [f"| | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|"]
+    first = next(iter(results.values()))
+    lines.append(f"| before | {' | '.join(_cell(first[label], 0) for label in SCORES)} |")
+    for method, scores in results.items():
+        lines.append(f"| {method} | {' | '.join(_cell(scores[label], -1) for label in SCORES)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(runs: Sequence[Sequence[float]], at: int) -> str:
+    values = np.array([run[at] if run else math.nan for run in runs])
+    deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{deviation}"
