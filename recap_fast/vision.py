@@ -40,7 +40,7 @@ class VisionError(UserError):
 class PackedImages:
     """The images of one forward pass."""
 
-    patches: Tensor  # [P, D] float32
+    patches: tuple[Tensor, ...]  # [P_i, D] float32 of each image; laid end to end on the device
     grids: Tensor  # [I, 3] int64, patches along time, height and width; stays on the host
     token_index: Tensor  # [M] int64, positions of the image tokens among the batch's tokens
     tower: Mapping[str, Any]  # what the tower would compute from the grids
@@ -54,7 +54,7 @@ class PackedImages:
 
         return replace(
             self,
-            patches=move(self.patches),
+            patches=tuple(move(patches) for patches in self.patches),
             token_index=move(self.token_index),
             tower={name: move(value) for name, value in self.tower.items()},
             layouts={bounds: layout.to(device) for bounds, layout in self.layouts.items()},
@@ -173,7 +173,7 @@ class VisionAdapter:
         tower = self._tower_inputs(grids)
         bounds = {len(tower[name]): tower[name] for name in tower if name.startswith("cu_")}
         return PackedImages(
-            patches=torch.cat([image.patches for image in images]).float(),
+            patches=tuple(image.patches for image in images),
             grids=grids,
             token_index=torch.tensor(token_index),
             tower=tower,
@@ -245,7 +245,7 @@ class VisionAdapter:
         trained = any(parameter.requires_grad for parameter in self._tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             output = self._tower(
-                images.patches,
+                torch.cat(images.patches),
                 grid_thw=images.grids,
                 image_layouts=images.layouts,
                 return_dict=True,
