@@ -26,7 +26,7 @@ def rehearse(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"OUT": str(out)} | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
 
 
@@ -34,7 +34,7 @@ def records(out: Path) -> dict[str, dict]:
     return {record["part"]: record for record in json.loads((out / "summary.json").read_text())}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(620)  # as long as a busy machine takes
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     done = rehearse(tmp_path, RECAP_FAST_FAIL_PART="checks")
     assert done.returncode == 1, done.stdout + done.stderr
