@@ -103,7 +103,8 @@ def make_engine(
     if config.engine != "transformers":
         from recap_fast.rollout.vllm import VllmEngine, why_unavailable
 
-        reason = why_unavailable(device)
+        vision = make_adapter(model)
+        reason = why_unavailable(device, takes_images=vision is not None)
         if reason is None:
             return VllmEngine(
                 config,
@@ -114,7 +115,7 @@ def make_engine(
                 device=device,
                 weight_names=frozenset(name for name, _ in iter_weights(model)),
                 stop_ids=stop_token_ids(model, tokenizer),
-                vision=make_adapter(model),
+                vision=vision,
                 image_pixels=image_pixels,
             )
         if config.engine == "vllm":

@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,12 @@ _CPU_BLOCK_SIZE = 32
 """Tokens in a KV block on a CPU. vLLM's own 128 would keep a group from sharing a short prompt."""
 
 
-def why_unavailable(device: torch.device) -> str | None:
-    """The reason why vLLM cannot serve `device` in this process; None where it can."""
+def why_unavailable(device: torch.device, *, takes_images: bool = False) -> str | None:
+    """The reason why vLLM cannot serve `device` in this process; None where it can.
+
+    Args:
+        takes_images: whether a vision-language model is to be served.
+    """
     _set_environment()
     try:
         from vllm import LLM, SamplingParams  # noqa: F401
@@ -51,7 +56,13 @@ def why_unavailable(device: torch.device) -> str | None:
             f"the installed vllm is built for {current_platform.device_type or 'no device here'}, "
             f"and the model is on {device.type}"
         )
+    if takes_images and not _has_torchvision():
+        return "its vision-language models need torchvision, which is not installed"
     return None
+
+
+def _has_torchvision() -> bool:
+    return find_spec("torchvision") is not None
 
 
 def _set_environment() -> None:

@@ -55,7 +55,7 @@ def make(engine: str, tokenizer: Any) -> Any:
 def test_auto_falls_back_and_says_why(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(adapter, "why_unavailable", lambda device: "no module named vllm")
+    monkeypatch.setattr(adapter, "why_unavailable", lambda device, **kind: "no module named vllm")
     assert make("auto", tokenizer).name == "transformers"
     assert "no module named vllm" in caplog.text
 
@@ -63,7 +63,7 @@ def test_auto_falls_back_and_says_why(
 def test_explicit_engine_never_falls_back(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(adapter, "why_unavailable", lambda device: "no module named vllm")
+    monkeypatch.setattr(adapter, "why_unavailable", lambda device, **kind: "no module named vllm")
     with pytest.raises(EngineError, match="no module named vllm"):
         make("vllm", tokenizer)
     monkeypatch.setattr(adapter, "why_unavailable", lambda device: None)

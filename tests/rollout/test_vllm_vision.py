@@ -13,7 +13,7 @@ from recap_fast.images import ImageEncoder
 from recap_fast.model import load_policy, load_tokenizer
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync, weight_differences
-from recap_fast.rollout.protocol import iter_weights, make_engine
+from recap_fast.rollout.protocol import EngineError, iter_weights, make_engine
 from recap_fast.rollout.vllm import why_unavailable
 from recap_fast.types import Prompt, SamplingSpec
 from recap_fast.vision import MODEL_TYPES
@@ -68,6 +68,20 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         prompts = [draw_prompt(row, sizes, tokenizer, encoder) for row, sizes in enumerate(SIZES)]
         yield model, engine, prompts
         engine.close()
+
+
+def test_without_torchvision_images_go_to_transformers(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("recap_fast.rollout.vllm._has_torchvision", lambda: False)
+    folder = save_tiny_vision_model(tmp_path)
+    model = load_policy(ModelConfig(path=str(folder), device="cpu"), str(folder)).model
+    settings = {"model": model, "model_path": str(folder), "max_model_len": 128, "seed": 0,
+                "tokenizer": load_tokenizer(str(folder)), "device": "cpu"}  # fmt: skip
+    if why_unavailable(torch.device("cpu")) is not None:
+        pytest.skip("no vLLM for a CPU here")
+    assert make_engine(RolloutConfig(), **settings).name == "transformers"
+    assert "need torchvision, which is not installed" in caplog.text
+    with pytest.raises(EngineError, match="vision-language models need torchvision"):
+        make_engine(RolloutConfig(engine="vllm"), **settings)
 
 
 def draw_prompt(row: int, sizes: Any, tokenizer: Any, encoder: ImageEncoder) -> Prompt:

@@ -18,6 +18,8 @@ import pytest
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from recap_fast.rollout import vllm
+
 CLASSES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -60,7 +62,8 @@ def vllm_takes_images(kind: str, folder: Path) -> Iterator[None]:
         from vllm import ModelRegistry
 
         info = model_class._processor_factory.info
-        kept = ModelRegistry.models[CLASSES[kind]], info.get_hf_processor
+        kept = ModelRegistry.models[CLASSES[kind]], info.get_hf_processor, vllm._has_torchvision
+        vllm._has_torchvision = lambda: True
         # vLLM looks at a class that it has to find itself in a process of its own.
         ModelRegistry.register_model(CLASSES[kind], model_class)
         info.get_hf_processor = lambda self, **options: _ImageProcessor(
@@ -69,7 +72,7 @@ def vllm_takes_images(kind: str, folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            ModelRegistry.models[CLASSES[kind]], info.get_hf_processor = kept
+            ModelRegistry.models[CLASSES[kind]], info.get_hf_processor, vllm._has_torchvision = kept
 
 
 class _ImageProcessor(Qwen2_5_VLProcessor):
