@@ -207,6 +207,19 @@ def test_a_sampled_image_token_is_a_token_like_others(policy):
     assert policy.hidden(ours).isfinite().all()
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["trained", "reference"])
+def test_bfloat16_stays_close(kind, policy, weights):
+    """Under autocast, as models are trained, and with weights in bfloat16, as references are."""
+    rows = draw_rows(5, 2, 2, 2, images=(1, 3))
+    rounded = Policy(packed_vision_model(kind).to(weights), torch.bfloat16)
+    update = pack(rows, rounded)
+    with torch.no_grad():
+        assert rounded.hidden(update.batches[0]).dtype == torch.bfloat16
+        rounded.model.lm_head.to(torch.bfloat16)
+        difference = packed_logprobs(rounded, update) - packed_logprobs(policy, update)
+    assert 1e-4 < difference.abs().mean() < 0.05
+
+
 def test_nothing_waits_for_the_device(kind):
     ours = Policy(packed_vision_model(kind), torch.float32)
     update = pack(draw_rows(5, 2, 2, 2, images=(1, 3)), ours)
