@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2VLImageProcessorPil
 
 from recap_fast.config import ModelConfig, RolloutConfig
 from recap_fast.images import ImageEncoder
+from recap_fast.metrics import read_metrics
 from recap_fast.model import load_policy, load_tokenizer
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync, weight_differences
@@ -18,6 +20,7 @@ from recap_fast.rollout.vllm import why_unavailable
 from recap_fast.types import Prompt, SamplingSpec
 from recap_fast.vision import MODEL_TYPES
 from tests.rollout.vllm_vision import vllm_takes_images
+from tests.test_vision_training import run, vision_config
 from tests.tiny import save_tiny_vision_model
 from tests.vision_rows import picture, vision_tokens
 
@@ -50,8 +53,6 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config = ModelConfig(path=str(folder), device=device, dtype=dtype, train_vision=True)
     model = load_policy(config, str(folder)).model
     tokenizer = load_tokenizer(str(folder))
-    from transformers import Qwen2VLImageProcessorPil
-
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     encoder = ImageEncoder(vision_tokens(tokenizer), processor)
     with vllm_takes_images(kind, folder):
@@ -68,6 +69,24 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         prompts = [draw_prompt(row, sizes, tokenizer, encoder) for row, sizes in enumerate(SIZES)]
         yield model, engine, prompts
         engine.close()
+
+
+def test_a_run_through_vllm(tmp_path):
+    """Two steps that train the tower: were one of them not synced, log-probs would differ."""
+    if why_unavailable(torch.device("cpu")) is not None:
+        pytest.skip("no vLLM for a CPU here")
+    folder = save_tiny_vision_model(tmp_path / "model", **TEXT)
+    config = vision_config(
+        tmp_path, folder, "rollout.engine=vllm", "rollout.dtype=float32",
+        "rollout.cpu_kv_cache_gib=0.05", "data.max_prompt_tokens=120", "checkpoint.every=0",
+        "training.steps=3", "optimizer.learning_rate=0.01", "optimizer.warmup_fraction=0",
+    )  # fmt: skip
+    with vllm_takes_images("qwen2_5_vl", folder):
+        run(config)
+    steps = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
+    assert len(steps) == 3
+    assert all(row["rollout/logprob_diff_max"] < 1e-4 for row in steps)
+    assert steps[0]["loss/ntp"] > steps[-1]["loss/ntp"]
 
 
 def test_without_torchvision_images_go_to_transformers(monkeypatch, tmp_path, caplog):
