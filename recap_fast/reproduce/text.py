@@ -45,7 +45,7 @@ _TOPICS = (
     "stars",
 )  # fmt: skip
 _INSTRUCTIONS = (
-    "Explain in one sentence why {topic} matter to people.",
+    "Explain in one sentence why people care about {topic}.",
     "Write one sentence about {topic} for a child.",
     "Give one fact about {topic}.",
     "Ask me one question about {topic}.",
