@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +122,15 @@ class VisionAdapter:
         return [i for i, token in enumerate(token_ids) if token == self.image_token_id]
 
     def check(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
-        """Raises `VisionError` where a prompt has not as many image tokens as its images."""
-        wanted = sum(self.num_tokens(image) for image in images)
-        given = sum(token == self.image_token_id for token in token_ids)
+        """Raises `VisionError` where a prompt has not, for each image in turn, a run of as many
+        image tokens as it makes. Something else must stand between two images."""
+        wanted = [self.num_tokens(image) for image in images]
+        is_image = (token == self.image_token_id for token in token_ids)
+        given = [sum(run) for value, run in groupby(is_image) if value]
         if given != wanted:
             raise VisionError(
-                f"the {len(images)} images of a prompt make {wanted} image tokens, but {given} of "
-                f"its {len(token_ids)} tokens are image tokens"
+                f"its {len(images)} images make {_counted(wanted)}, but among its "
+                f"{len(token_ids)} tokens stand {_counted(given)}"
             )
 
     def collapse(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[int]:
@@ -147,7 +150,7 @@ class VisionAdapter:
         A completion goes on, in all three, one past the largest.
 
         Raises:
-            VisionError: the prompt has not as many image tokens as its images.
+            VisionError: the prompt's image tokens are not those of its images.
         """
         self.check(token_ids, images)
         if not images:
@@ -276,6 +279,11 @@ class VisionAdapter:
         head = self._model.get_output_embeddings()
         result: Tensor = head(output.last_hidden_state[:, -logits_to_keep:])
         return result
+
+
+def _counted(runs: Sequence[int]) -> str:
+    each = "" if len(runs) < 2 else f" ({' + '.join(map(str, runs))})"
+    return f"{sum(runs)} image tokens{each}"
 
 
 def _grids(images: Sequence[ImageInput]) -> Tensor:

@@ -255,12 +255,23 @@ def test_nothing_waits_for_a_gpu(kind, backend):
 def test_rows_that_do_not_fit_are_named(policy):
     rollouts, advantages, _ = draw_rows(5, 1, 1, 0, images=(1, 1))
     prompt = rollouts[0].prompt
-    tokens = [token for token in prompt.token_ids if token != IMAGE]
-    wanted = len(prompt.token_ids) - len(tokens)
-    short = Prompt("pictures", 7, [*tokens, IMAGE], "", None, {}, prompt.images)
-    rollout = Rollout(short, 0, [1, 2], [0.0, 0.0], "stop", "")
-    with pytest.raises(VisionError, match=rf"row pictures:7: .* make {wanted} .* but 1 of its"):
-        pack(([rollout], advantages, []), policy)
+    ids, count = prompt.token_ids, prompt.token_ids.count(IMAGE)
+    place = ids.index(IMAGE)
+    changed = {
+        rf"its 1 images make {count} image tokens, but among its {len(ids) + 1} tokens stand "
+        rf"{count + 1} image tokens": ([*ids[:place], IMAGE, *ids[place:]], prompt.images),
+        rf"stand {2 * count} image tokens \({count} \+ {count}\)": (ids + ids, prompt.images),
+        # Two images side by side: where one ends cannot be seen.
+        rf"its 2 images make {2 * count} image tokens \({count} \+ {count}\), but .* stand "
+        rf"{2 * count} image tokens$": (
+            [*ids[:place], *[IMAGE] * count, *ids[place:]], prompt.images * 2,
+        ),
+    }  # fmt: skip
+    for message, (tokens, images) in changed.items():
+        wrong = Prompt("pictures", 7, tokens, "", None, {}, images)
+        rollout = Rollout(wrong, 0, [1, 2], [0.0, 0.0], "stop", "")
+        with pytest.raises(VisionError, match=f"row pictures:7: .*{message}"):
+            pack(([rollout], advantages, []), policy)
     text = Policy(tiny_llama(), torch.float32)
     with pytest.raises(VisionError, match=r"row pictures:0 has images, but the model takes none"):
         pack((rollouts, advantages, []), text)

@@ -103,7 +103,7 @@ def test_prompts_that_do_not_fit_are_named():
     engine = make_engine(packed_vision_model("qwen2_5_vl"))
     (prompt,) = draw_prompts([2])
     short = replace(prompt, images=prompt.images[:1])
-    with pytest.raises(EngineError, match=r"prompt pictures:0: the 1 images of a prompt make"):
+    with pytest.raises(EngineError, match=r"prompt pictures:0: its 1 images make"):
         engine.generate([short], SamplingSpec(1, 4, 1.0, 0))
     text = make_engine(tiny_llama())
     with pytest.raises(EngineError, match=r"prompt pictures:0 has images, but the model takes non"):
