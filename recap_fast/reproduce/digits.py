@@ -1,4 +1,4 @@
-"""The base model of the digit scenes: Qwen2.5-VL's architecture at about three million parameters.
+"""The base model of the digit scenes: Qwen2.5-VL's architecture at 1.2 million parameters.
 
 Nothing is downloaded. A tokenizer is made from the scenes' own words, a model with random weights
 is saved beside it as a model folder like any other, and the trainer's supervised path teaches it
@@ -14,23 +14,24 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_fast.checkpoint import list_checkpoints
+from recap_fast.checkpoint import latest_checkpoint
 from recap_fast.config import TrainConfig
+from recap_fast.metrics import read_metrics
 from recap_fast.model import ModelError, cache_folder
 from recap_fast.prompts import TEMPLATES
+from recap_fast.reproduce.grid import Cell, run_grid
 from recap_fast.reproduce.scenes import HEIGHT, TASKS, WIDTH, SceneRows
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 SCORES_FILE = "scores.json"
-_BESIDE_WEIGHTS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 _VERSION = 1
 """Part of the cache's key: raise it when a change makes old bases wrong."""
@@ -66,13 +67,13 @@ CHAT_TEMPLATE = (
 class BaseSettings:
     """What determines a base. Two bases with equal settings are the same."""
 
-    text_width: int = 192
-    text_layers: int = 5
-    vision_width: int = 128
-    vision_layers: int = 3
-    steps: int = 400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    text_width: int = 128
+    text_layers: int = 4
+    vision_width: int = 96
+    vision_layers: int = 2
+    steps: int = 1500
+    batch_size: int = 16
+    learning_rate: float = 1e-3
     seed: int = 0
 
     @property
@@ -156,6 +157,7 @@ def model_config(settings: BaseSettings, tokenizer: PreTrainedTokenizerBase) -> 
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            "initializer_range": settings.text_width**-0.5,
         },
         vision_config={
             "depth": settings.vision_layers,
@@ -168,6 +170,7 @@ def model_config(settings: BaseSettings, tokenizer: PreTrainedTokenizerBase) -> 
             # Windows of half a canvas in the first block, everything in the others.
             "window_size": HEIGHT,
             "fullatt_block_indexes": list(range(1, settings.vision_layers)),
+            "initializer_range": settings.vision_width**-0.5,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -195,6 +198,9 @@ def save_untrained(settings: BaseSettings, folder: Path) -> None:
         patch_size=_PATCH,
         merge_size=_MERGE,
         size={"shortest_edge": side * side, "longest_edge": 4 * WIDTH * HEIGHT},
+        # Paper, which is black here, becomes 0.
+        image_mean=[0.0] * 3,
+        image_std=[0.5] * 3,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -262,44 +268,36 @@ def base_scores(folder: Path) -> dict[str, float]:
     return content
 
 
-def ensure_base(settings: BaseSettings, evaluation: Callable[[Path], TrainConfig]) -> Path:
+def ensure_base(
+    settings: BaseSettings, evaluation: Callable[[Path], TrainConfig], console: Console
+) -> Path:
     """Returns the base's folder, after building it where the cache has none.
 
-    A build that was interrupted goes on from its checkpoint.
+    A build that was interrupted goes on from where it was.
 
     Args:
         evaluation: gives the configuration whose held-out rows the base is scored on.
+        console: where the progress is shown.
 
     Raises:
-        ModelError: SIGTERM or Ctrl-C ended the build.
+        GridError: the build was stopped, or failed.
     """
     folder = settings.folder
     if (folder / SCORES_FILE).exists():
         return folder
     from recap_fast.evaluate import evaluate_model
-    from recap_fast.trainer import Trainer
 
-    began = time.perf_counter()
     building = folder.with_suffix(".building")
-    untrained, run, finished = building / "untrained", building / "run", building / "finished"
+    untrained, finished = building / "untrained", building / "finished"
     if not (untrained / "preprocessor_config.json").exists():
         save_untrained(settings, untrained)
-    checkpoints = run / "checkpoints"
-    resume = bool(list_checkpoints(checkpoints))
-    config = pretraining_config(settings, untrained, run)
-    if not finished.exists():
-        trainer = Trainer(config, resume=resume, overwrite=not resume)
-        try:
-            if not trainer.train():
-                raise ModelError("the build of the base was stopped; the same command continues it")
-            trainer.policy.model.save_pretrained(building / "staging")
-        finally:
-            trainer.close()
-        for name in _BESIDE_WEIGHTS:
-            shutil.copy(untrained / name, building / "staging" / name)
-        os.replace(building / "staging", finished)
+    run = Cell("base", settings.seed, pretraining_config(settings, untrained, building / "run"))
+    run_grid([run], 1, console)
+    checkpoint = latest_checkpoint(run.folder / "checkpoints")
+    without_state = shutil.ignore_patterns("trainer_state.*")
+    shutil.copytree(checkpoint, finished, ignore=without_state, dirs_exist_ok=True)
     scores: dict[str, float] = evaluate_model(evaluation(finished), str(finished))
-    scores["seconds"] = time.perf_counter() - began
+    scores["seconds"] = sum(row.get("time/total") or 0.0 for row in read_metrics(run.folder))
     (finished / SCORES_FILE).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     os.replace(finished, folder)
     shutil.rmtree(building)

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from recap_fast.reproduce.digits import SCORES_FILE, BaseSettings, base_scores, ensure_base
-from recap_fast.reproduce.experiment import ExperimentSettings, grid, run_config, run_grid
+from recap_fast.reproduce.experiment import ExperimentSettings, grid, run_config
 from recap_fast.reproduce.figures import draw_figures
+from recap_fast.reproduce.grid import run_grid
 from recap_fast.reproduce.results import SCORES, collect, write_results
 
 FULL = ExperimentSettings()
@@ -47,7 +48,7 @@ def run_digits(output: Path, *, quick: bool, jobs: int, base_only: bool) -> str:
     )
     scored = settings.methods[0]
     base = ensure_base(
-        settings.base, lambda model: run_config(settings, model, output, scored, seed=0)
+        settings.base, lambda model: run_config(settings, model, output, scored, seed=0), console
     )
     if base_only:
         return _describe_base(base_scores(base))

@@ -4,44 +4,26 @@ From one base, every method trains on `sum` (reasoning) for the same number of s
 number of rows; all but the first replay `locate` (grounding) and `transcribe` (OCR). Held-out
 scores of all three are taken before, during and after, over several seeds.
 
-A grid of ordinary runs: each has its own folder and process, `recap-fast train` could run any of
-them, and a grid that is started again skips what is finished and resumes what was interrupted.
-
     recap-fast reproduce digits --quick
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-from recap_fast.checkpoint import list_checkpoints
-from recap_fast.config import TrainConfig, load_config, save_config
+from recap_fast.config import TrainConfig
 from recap_fast.loss_config import PolicyLossConfig
-from recap_fast.metrics import read_metrics
 from recap_fast.reproduce.digits import PROMPTS, BaseSettings
+from recap_fast.reproduce.grid import Cell
 from recap_fast.types import UserError
 
-LOG_FILE = "train.log"
-
-_POLL_SECONDS = 0.5
 _MAX_TOKENS = 160  # of a prompt; the scenes' longest has about 80
 
 
 class ExperimentError(UserError):
-    """A grid that cannot be run, or a run of it that failed."""
+    """An experiment that cannot be run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,38 +85,6 @@ class ExperimentSettings:
     held_out: int = 256
     window: int = 10
     """RECAP's, DWA's and SAW's, in steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One run of the grid."""
-
-    method: str
-    seed: int
-    config: TrainConfig
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run)
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-    @property
-    def step(self) -> int:
-        """Steps recorded so far."""
-        rows = read_metrics(self.folder)
-        return int(rows[-1]["step"] or 0) if rows else 0
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last step and the evaluation after it are recorded."""
-        rows = read_metrics(self.folder)
-        last = rows[-1] if rows else {}
-        return last.get("step") == self.config.training.steps and any(
-            key.startswith("eval/") for key in last
-        )
 
 
 def run_config(
@@ -203,167 +153,3 @@ def grid(settings: ExperimentSettings, base: Path, output: Path) -> list[Cell]:
         for seed in settings.seeds
         for method in settings.methods
     ]
-
-
-def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
-    """Runs what is not finished, `jobs` runs at a time, each with its share of the cores.
-
-    On SIGTERM or Ctrl-C the runs write checkpoints and stop, and so does the grid.
-
-    Raises:
-        ExperimentError: a folder holds a run with other settings; a run failed (the others are
-            finished first); or the grid was stopped.
-    """
-    _check_folders(cells)
-    waiting = [cell for cell in cells if not cell.is_finished]
-    done = len(cells) - len(waiting)
-    if done:
-        console.print(f"{done} of {len(cells)} runs are finished already")
-    running: list[_Process] = []
-    failed: list[_Process] = []
-    with _stop_signals() as stop, _Bars(cells, console) as bars:
-        while running or (waiting and not stop):
-            while waiting and len(running) < jobs and not stop:
-                running.append(_Process(waiting.pop(0), jobs))
-            time.sleep(_POLL_SECONDS)
-            if stop:
-                for process in running:
-                    process.stop()
-            bars.update([process.cell for process in running])
-            for process in [p for p in running if p.has_ended]:
-                running.remove(process)
-                if process.cell.is_finished:
-                    bars.finish(process.cell, process.seconds)
-                elif not stop:
-                    failed.append(process)
-    if stop:
-        raise ExperimentError("stopped; the same command goes on from here")
-    if failed:
-        raise ExperimentError("\n".join(process.describe_failure() for process in failed))
-
-
-def _check_folders(cells: Sequence[Cell]) -> None:
-    for cell in cells:
-        path = cell.folder / "config.yaml"
-        if path.exists() and load_config(path) != cell.config:
-            raise ExperimentError(
-                f"{cell.folder} holds a run with other settings than this grid's: remove it, or "
-                f"choose another folder with --output"
-            )
-
-
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "recap_fast.cli", "train", *arguments]
-
-
-class _Process:
-    """One run in a process of its own."""
-
-    def __init__(self, cell: Cell, jobs: int) -> None:
-        self.cell = cell
-        self._began = time.monotonic()
-        folder = cell.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = []
-        if list_checkpoints(folder / "checkpoints"):
-            flags = ["--resume"]
-        elif (folder / "config.yaml").exists():
-            flags = ["--overwrite"]
-        config = folder.with_suffix(".yaml")
-        save_config(cell.config, config)
-        self._log: IO[bytes] = (folder / LOG_FILE).open("ab")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        # A session of its own: Ctrl-C reaches the grid alone, which asks the runs to save and stop.
-        self._process = subprocess.Popen(
-            _command(str(config), *flags),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-        )
-        self._asked_to_stop = False
-
-    @property
-    def has_ended(self) -> bool:
-        ended = self._process.poll() is not None
-        if ended:
-            self._log.close()
-        return ended
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def stop(self) -> None:
-        if not self._asked_to_stop:
-            self._process.send_signal(signal.SIGTERM)
-            self._asked_to_stop = True
-
-    def describe_failure(self) -> str:
-        log = self.cell.folder / LOG_FILE
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        end = "\n".join(f"    {line}" for line in lines[-8:])
-        return f"{self.cell.name} failed with status {self._process.returncode} ({log}):\n{end}"
-
-
-class _Bars:
-    """Progress of the whole grid and of the runs that are under way."""
-
-    def __init__(self, cells: Sequence[Cell], console: Console) -> None:
-        self._steps = {cell.folder: cell.step for cell in cells}
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            # Runs take turns at sampling, training and evaluating: the speed is that of minutes.
-            speed_estimate_period=600,
-        )
-        total = sum(cell.config.training.steps for cell in cells)
-        self._all = self._progress.add_task(
-            "all runs", total=total, completed=sum(self._steps.values())
-        )
-        self._tasks: dict[Path, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def update(self, running: Sequence[Cell]) -> None:
-        for cell in running:
-            self._steps[cell.folder] = cell.step
-            if cell.folder not in self._tasks:
-                self._tasks[cell.folder] = self._progress.add_task(
-                    cell.name, total=cell.config.training.steps
-                )
-            self._progress.update(self._tasks[cell.folder], completed=self._steps[cell.folder])
-        self._progress.update(self._all, completed=sum(self._steps.values()))
-        for folder in set(self._tasks) - {cell.folder for cell in running}:
-            self._progress.remove_task(self._tasks.pop(folder))
-
-    def finish(self, cell: Cell, seconds: float) -> None:
-        self._steps[cell.folder] = cell.config.training.steps
-        self._console.print(f"finished {cell.name} in {seconds:.0f} s", highlight=False)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, so that the runs can be asked to save first."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -16,7 +16,8 @@ import numpy as np
 from recap_fast.config import TrainConfig
 from recap_fast.metrics import MACHINE_FILE, read_metrics
 from recap_fast.plots import RunHistory
-from recap_fast.reproduce.experiment import METHODS, Cell, ExperimentSettings
+from recap_fast.reproduce.experiment import METHODS, ExperimentSettings
+from recap_fast.reproduce.grid import Cell
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig
 from recap_fast.metrics import describe_machine, read_metrics
 from recap_fast.plots import RunHistory
-from recap_fast.reproduce.experiment import Cell, run_grid
+from recap_fast.reproduce.grid import Cell, run_grid
 
 METHODS = ("reasoning-only", "uniform", "recap")
 SCORES = {

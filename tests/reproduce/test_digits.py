@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from recap_fast.config import ModelConfig
 from recap_fast.data import DataStream
@@ -22,6 +23,7 @@ from recap_fast.reproduce.digits import (
 from recap_fast.reproduce.experiment import ExperimentSettings, run_config
 from recap_fast.reproduce.scenes import HEIGHT, TASKS, WIDTH, SceneRows
 
+SILENT = Console(quiet=True)
 TINY = BaseSettings(text_width=64, text_layers=1, vision_width=32, vision_layers=2, steps=2,
                     batch_size=5)  # fmt: skip
 
@@ -82,14 +84,14 @@ def test_a_base_is_built_once_scored_and_trainable(tmp_path, monkeypatch):
     def evaluation(model):
         return run_config(experiment, model, tmp_path, "uniform", 0)
 
-    base = ensure_base(TINY, evaluation)
+    base = ensure_base(TINY, evaluation, SILENT)
     assert base.parent == tmp_path / "cache"
     assert {"eval/sum/accuracy", "eval/locate/iou", "eval/transcribe/loss", "seconds"} <= set(
         base_scores(base)
     )
     assert not base.with_suffix(".building").exists()
     written = (base / "scores.json").stat().st_mtime_ns
-    assert ensure_base(TINY, evaluation) == base
+    assert ensure_base(TINY, evaluation, SILENT) == base
     assert (base / "scores.json").stat().st_mtime_ns == written
     assert replace(TINY, steps=3).folder != base
 
