@@ -1,10 +1,14 @@
 """The forgetting experiment on text: SmolLM2-135M-Instruct learns sums by reinforcement.
 
 Three methods: reinforcement on the sums alone, and with replay of two other abilities, weighted
-uniformly or by RECAP. The other abilities are products in the model's own words, rewarded when they
-are right, and instructions, answered by the base model itself before anything is trained: their
-next-token loss says how far the model has left the base where nobody asked it to. All three are
-evaluated on held-out rows before, during and after, whether a method trains on them or not.
+uniformly or by RECAP. The other abilities are products, rewarded when they are right, and
+instructions, answered by the base model itself before anything is trained. Those answers are
+sampled at temperature 1, so their next-token loss is least for the base: what it rises by is the
+divergence of the model from its base where nobody asked for a change. All three are evaluated on
+held-out rows before, during and after, whether a method trains on them or not.
+
+No format is rewarded: a model of this size soon finds that repeating a request for <answer> tags
+has them in it, and stops computing.
 
     recap-fast reproduce text --quick
 """
@@ -30,12 +34,10 @@ from recap_fast.reproduce.grid import Cell, run_grid
 METHODS = ("reasoning-only", "uniform", "recap")
 SCORES = {
     "sums accuracy": "eval/sums/accuracy",
-    "sums format": "eval/sums/answer_format",
     "products accuracy": "eval/products/product_accuracy",
     "instructions loss": "eval/instructions/loss",
     "instructions token accuracy": "eval/instructions/token_accuracy",
 }
-_ANSWER_PROMPT = "{question} Your reply must start with <answer> and end with </answer>."
 _INSTRUCTION_TOKENS = 64
 _TOPICS = (
     "rain", "bread", "the moon", "bicycles", "honey", "rivers", "chess", "glass", "sleep", "cats",
@@ -150,8 +152,7 @@ def _sources(settings: TextSettings, instructions: Path) -> list[dict[str, Any]]
             "name": "sums",
             "reasoning_gym": "chain_sum",
             "parameters": one_digit,
-            "prompt": _ANSWER_PROMPT,
-            "rewards": {"accuracy": "accuracy", "answer_format": "answer_format"},
+            "rewards": {"accuracy": "accuracy"},
             **rewarded,
         },
         {
@@ -172,9 +173,10 @@ def _sources(settings: TextSettings, instructions: Path) -> list[dict[str, Any]]
 
 
 def answer_instructions(model: str, topics: int) -> list[dict[str, str]]:
-    """Rows {"question", "answer"}: instructions on the first topics, answered greedily by `model`.
+    """Rows {"question", "answer"}: instructions on the first topics, answered by `model`.
 
-    Answers that do not end within 64 tokens are left out.
+    Sampled at temperature 1 with a fixed seed. Answers that do not end within 64 tokens are left
+    out.
     """
     from recap_fast.model import load_policy, load_tokenizer, resolve_model
     from recap_fast.prompts import ChatRenderer
@@ -202,8 +204,8 @@ def answer_instructions(model: str, topics: int) -> list[dict[str, str]]:
         seed=0,
         device=policy.device,
     )
-    greedy = SamplingSpec(n=1, max_new_tokens=_INSTRUCTION_TOKENS, temperature=0.0, seed=0)
-    rollouts = engine.generate(prompts, greedy)
+    sampling = SamplingSpec(n=1, max_new_tokens=_INSTRUCTION_TOKENS, temperature=1.0, seed=0)
+    rollouts = engine.generate(prompts, sampling)
     return [
         {"question": rollout.prompt.text, "answer": rollout.text.strip()}
         for rollout in rollouts

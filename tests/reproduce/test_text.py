@@ -26,7 +26,7 @@ def test_every_method_is_evaluated_on_all_abilities(tmp_path, method) -> None:
     config = text.run_config(text.FULL, tmp_path / "i.jsonl", tmp_path, method, seed=3)
     assert [source.name for source in config.data.sources] == ["sums", "products", "instructions"]
     objectives = [objective.name for objective in config.objectives]
-    assert objectives == ["accuracy", "answer_format", "product_accuracy", "ntp"]
+    assert objectives == ["accuracy", "product_accuracy", "ntp"]
     assert all(source.held_out == text.FULL.held_out for source in config.data.sources)
     assert config.seed == 3
     replays = method != "reasoning-only"
