@@ -84,7 +84,9 @@ class SceneRows:
         seed = None if is_held_out else self._seed
         random = np.random.RandomState(seed_of(self._task, seed, row))
         pool = digit_split()[is_held_out]
-        return _TASKS[self._task](draw_scene(random, pool), random)
+        # Held-out rows must differ: each begins with another digit.
+        first = int(pool[row % len(pool)]) if is_held_out else None
+        return _TASKS[self._task](draw_scene(random, pool, first), random)
 
     def where(self, row: int) -> str:
         return f"digit scenes {self._task!r}: row {row}"
@@ -119,16 +121,19 @@ def _tile(number: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     return tile, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def draw_scene(random: np.random.RandomState, pool: np.ndarray) -> Scene:
+def draw_scene(random: np.random.RandomState, pool: np.ndarray, first: int | None = None) -> Scene:
     """Places 1 to 3 digits beside each other, at random heights and gaps.
 
     Args:
         pool: numbers of the digit images to choose from.
+        first: number of the image of the digit on the left, instead of a random one.
     """
     from PIL import Image
 
     count = random.randint(MIN_DIGITS, MAX_DIGITS + 1)
     numbers = random.choice(pool, count)
+    if first is not None:
+        numbers[0] = first
     # Sorted shifts within what the digits leave free: no two overlap, and none has to be redrawn.
     shifts = np.sort(random.randint(0, (WIDTH - count * SIZE) // STEP + 1, count))
     lefts = STEP * shifts + SIZE * np.arange(count)

@@ -41,7 +41,9 @@ def test_training_and_held_out_digits_are_disjoint(monkeypatch):
 
     pools = []
     monkeypatch.setattr(
-        scenes, "draw_scene", lambda random, pool: pools.append(pool) or draw_scene(random, pool)
+        scenes,
+        "draw_scene",
+        lambda random, pool, first: pools.append(pool) or draw_scene(random, pool, first),
     )
     rows = _rows("sum")
     for number in (0, 3, 4, 59):
@@ -56,6 +58,11 @@ def test_a_row_depends_on_seed_and_number_alone_and_held_out_rows_on_the_number(
     assert one[7]["image"].tobytes() != other[7]["image"].tobytes()
     assert one[7]["image"].tobytes() != one[8]["image"].tobytes()
     assert one[2] == other[2]
+
+
+def test_held_out_rows_differ_from_each_other():
+    rows = SceneRows("transcribe", size=359, held_out=359, seed=0)
+    assert len({rows[number]["image"].tobytes() for number in range(359)}) == 359
 
 
 def test_boxes_hold_all_the_ink_of_their_digits_and_digits_do_not_overlap():
