@@ -196,7 +196,8 @@ class _Bars:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def update(self, running: Sequence[Cell]) -> None:
         for cell in running:
