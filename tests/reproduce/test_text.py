@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from recap_fast.reproduce import text
-from recap_fast.reproduce.experiment import Cell
+from recap_fast.reproduce.grid import Cell
 from recap_fast.trainer import Trainer
 from tests.tiny import save_tiny_model
 
