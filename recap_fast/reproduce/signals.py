@@ -46,6 +46,7 @@ class Reading:
     rate_factor: float = 1.0
     instability_factor: float = 1.0
     temperature: float = 5.0
+    separate: bool = False  # the mean of a softmax of the rates and one of the instabilities
     signals: tuple[str, ...] = SIGNALS
     transform: Callable[[np.ndarray], np.ndarray] = lambda rewards: rewards
 
@@ -54,9 +55,13 @@ class Reading:
         read = values.copy()
         read[..., :-1] = self.transform(values[..., :-1])
         found = trace(read, self.signals)
-        s = self.rate_factor * found.rates + self.instability_factor * found.instabilities
-        weights = values.shape[-1] * torch.softmax(torch.tensor(s) / self.temperature, -1).numpy()
-        return Trace(found.rates, found.instabilities, np.where(np.isnan(s), 1.0, weights))
+        rates = self.rate_factor * found.rates
+        instabilities = self.instability_factor * found.instabilities
+        priorities = (rates, instabilities) if self.separate else (rates + instabilities,)
+        scaled = torch.tensor(np.stack(priorities)) / self.temperature
+        weights = values.shape[-1] * torch.softmax(scaled, -1).mean(0).numpy()
+        weights[np.isnan(weights)] = 1.0  # not ready yet
+        return Trace(found.rates, found.instabilities, weights)
 
 
 def hybrid_curves(seeds: int = SEEDS, steps: int = STEPS) -> np.ndarray:
@@ -119,6 +124,13 @@ READINGS = (
     Reading("the same, c alone", instability_factor=0.0),
     Reading("the same, i alone", rate_factor=0.0),
     Reading("mean reward as a loss, c = mu~/mu", signals=_AS_LOSSES),
+    # github.com/VietHoang1512/recap in its steps with rewards: sigma / mean, of all 2W values.
+    Reading(
+        "the authors' code: that, half a softmax of c, half of i",
+        instability_factor=2 * (19 / 20) ** 0.5,
+        separate=True,
+        signals=_AS_LOSSES,
+    ),
     Reading("minus the reward as a loss", signals=_AS_LOSSES, transform=np.negative),
     Reading("deficit 1 - reward as a loss", signals=_AS_LOSSES, transform=lambda r: 1 - r),
     Reading("GRPO surrogate as a loss", signals=_AS_LOSSES, transform=_surrogate),
