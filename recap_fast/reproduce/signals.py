@@ -126,7 +126,7 @@ READINGS = (
     Reading("mean reward as a loss, c = mu~/mu", signals=_AS_LOSSES),
     # github.com/VietHoang1512/recap in its steps with rewards: sigma / mean, of all 2W values.
     Reading(
-        "the authors' code: that, half a softmax of c, half of i",
+        "the authors' code, mu~/mu",
         instability_factor=2 * (19 / 20) ** 0.5,
         separate=True,
         signals=_AS_LOSSES,
