@@ -200,6 +200,9 @@ def digits(
     quick: Annotated[
         bool, typer.Option("--quick", help="three methods, one seed, a few steps; for CI")
     ] = False,
+    extended: Annotated[
+        bool, typer.Option("--extended", help="other KLs and longer Uniform runs too")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="folder for runs, tables and figures; runs/reproduce/digits[-quick]"),
@@ -214,7 +217,7 @@ def digits(
     from recap_fast.reproduce.digits_report import run_digits
 
     folder = output or Path("runs/reproduce") / ("digits-quick" if quick else "digits")
-    print(run_digits(folder, quick=quick, jobs=jobs, base_only=base_only))
+    print(run_digits(folder, quick=quick, extended=extended, jobs=jobs, base_only=base_only))
 
 
 @reproduce.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from recap_fast.reproduce.digits import SCORES_FILE, BaseSettings, base_scores, ensure_base
-from recap_fast.reproduce.experiment import ExperimentSettings, grid, run_config
+from recap_fast.reproduce.experiment import METHODS, ExperimentSettings, grid, run_config
 from recap_fast.reproduce.figures import draw_figures
 from recap_fast.reproduce.grid import run_grid
 from recap_fast.reproduce.results import SCORES, collect, write_results
@@ -28,11 +29,20 @@ QUICK = ExperimentSettings(
 """Shows that everything works, and nothing else: its base has hardly learnt to see."""
 
 
-def run_digits(output: Path, *, quick: bool, jobs: int, base_only: bool) -> str:
+def run_digits(
+    output: Path,
+    *,
+    quick: bool = False,
+    extended: bool = False,
+    jobs: int = 2,
+    base_only: bool = False,
+) -> str:
     """Runs what is missing of the experiment and returns its table.
 
     Args:
         output: folder of runs, results.json, results.md and figures/.
+        quick: `QUICK` instead of `FULL`.
+        extended: other KLs and longer Uniform runs beside the ten methods.
         jobs: runs at a time.
         base_only: builds the base if it is missing, and returns its scores.
 
@@ -40,6 +50,8 @@ def run_digits(output: Path, *, quick: bool, jobs: int, base_only: bool) -> str:
         UserError: stopped, a run failed, or the folder holds another experiment.
     """
     settings = QUICK if quick else FULL
+    if extended:
+        settings = replace(settings, methods=tuple(METHODS))
     console = Console(stderr=True)
     output.mkdir(parents=True, exist_ok=True)
     built = (settings.base.folder / SCORES_FILE).exists()

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from recap_fast.plots import _COLOURS, _DPI, _MUTED, _STYLE, Plot, _label, moving_average
+from recap_fast.reproduce.experiment import COMPARED
 from recap_fast.reproduce.results import ABILITIES, MethodRuns
 
 _PANEL = (3.4, 2.9)  # inches
@@ -30,8 +31,10 @@ Runs = Sequence[MethodRuns]
 
 
 def draw_figures(runs: Runs, folder: Path) -> list[Plot]:
-    """Draws every figure that the runs have data for into `folder`, which is made if missing."""
+    """Draws every figure that the compared methods have data for into `folder`, which is made if
+    missing."""
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [method for method in runs if method.name in COMPARED]
     plots = []
     with mpl.rc_context(_STYLE):
         for name, caption, draw in _FIGURES:

@@ -11,6 +11,7 @@ import pytest
 
 from recap_fast.metrics import describe_machine
 from recap_fast.reproduce.experiment import (
+    COMPARED,
     METHODS,
     ExperimentError,
     ExperimentSettings,
@@ -31,7 +32,10 @@ def test_methods_differ_in_what_the_paper_says_and_in_nothing_else(tmp_path):
     assert [s.is_replay for s in configs["coreset"].data.sources] == [False, True, True]
     assert (configs["lwf"].loss.kl_coef, configs["lwf"].model.reference) == (0.01, "initial")
     assert configs["recap"].reweighting.parameters == {"window": 10}
-    for name, config in configs.items():
+    assert configs["uniform-2"].training.steps == 2 * SETTINGS.steps
+    assert (configs["lwf-0.1"].loss.kl_coef, len(COMPARED)) == (0.1, 10)
+    for name in COMPARED:
+        config = configs[name]
         assert config.reweighting.method == METHODS[name].reweighter
         same = config.model_dump(exclude={"run", "reweighting", "loss", "model", "data"})
         assert same == configs["uniform"].model_dump(
@@ -75,7 +79,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     cells = grid(SETTINGS, folder / "base", folder)
     for number, cell in enumerate(cells):
-        _record(cell, gain=0.1 + 0.2 * cell.seed + 0.001 * (number % len(METHODS)))
+        _record(cell, gain=0.1 + 0.2 * cell.seed + 0.001 * (number % len(COMPARED)))
     return folder, collect(cells)
 
 
@@ -84,7 +88,7 @@ def test_table_and_json_give_mean_and_spread_over_seeds(finished):
     table = write_results(runs, SETTINGS, folder)
     assert (folder / "results.md").read_text() == table
     lines = table.splitlines()
-    assert len(lines) == 3 + len(METHODS)
+    assert len(lines) == 3 + len(COMPARED)
     # Gains 0.1 and 0.3: mean 0.2, unbiased deviation 0.2 / sqrt(2).
     assert lines[3].startswith("| Reasoning only | 0.700 ± 0.141 |")
     assert lines[3].endswith("| 2 |")
