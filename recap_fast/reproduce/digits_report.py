@@ -17,7 +17,9 @@ from recap_fast.reproduce.results import SCORES, collect, write_results
 
 FULL = ExperimentSettings()
 QUICK = ExperimentSettings(
-    base=BaseSettings(text_width=64, text_layers=2, vision_width=64, vision_layers=2, steps=60),
+    base=BaseSettings(
+        text_width=64, text_layers=2, vision_width=64, vision_layers=2, reading_steps=60, steps=60
+    ),
     methods=("reasoning-only", "uniform", "recap"),
     seeds=(0,),
     steps=12,

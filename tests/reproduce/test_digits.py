@@ -24,8 +24,15 @@ from recap_fast.reproduce.experiment import ExperimentSettings, run_config
 from recap_fast.reproduce.scenes import HEIGHT, TASKS, WIDTH, SceneRows
 
 SILENT = Console(quiet=True)
-TINY = BaseSettings(text_width=64, text_layers=1, vision_width=32, vision_layers=2, steps=2,
-                    batch_size=5)  # fmt: skip
+TINY = BaseSettings(
+    text_width=64,
+    text_layers=1,
+    vision_width=32,
+    vision_layers=2,
+    reading_steps=1,
+    steps=2,
+    batch_size=11,
+)
 
 
 @pytest.fixture(scope="module")
