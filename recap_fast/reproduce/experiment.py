@@ -86,10 +86,10 @@ class ExperimentSettings:
     base: BaseSettings = field(default_factory=BaseSettings)
     methods: tuple[str, ...] = COMPARED
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 12
     group_size: int = 8
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     evaluate_every: int = 50
     held_out: int = 256
     window: int = 10
