@@ -120,6 +120,21 @@ class SourceConfig(_Model):
         return self
 
     @property
+    def reward_specs(self) -> dict[str, RewardSpec]:
+        """`rewards` with the parameters that follow from the source."""
+        return {name: self._full_spec(spec) for name, spec in self.rewards.items()}
+
+    def _full_spec(self, spec: RewardSpec | str) -> RewardSpec:
+        if isinstance(spec, str):
+            spec = RewardSpec(function=spec)
+        own: dict[str, Any] = {}
+        if spec.function == "reasoning_gym" and self.reasoning_gym is not None:
+            own = {"dataset": self.reasoning_gym, "dataset_parameters": self.parameters}
+        if spec.function == "accuracy" and self.choices is not None:
+            own = {"choices": self.choices}
+        return RewardSpec(function=spec.function, parameters={**own, **spec.parameters})
+
+    @property
     def is_replay(self) -> bool:
         return self.kind == "sft" if self.replay is None else self.replay
 

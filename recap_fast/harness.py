@@ -23,6 +23,7 @@ Harness = Literal["lm-eval", "lmms-eval"]
 _MODULES: dict[Harness, str] = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
 _LMMS_MODELS = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
 """transformers' model types and lmms-eval's names for the classes that run them."""
+_OTHER_HARNESS = " (it needs torchvision), or --harness lm-eval for lm-eval's tasks"
 
 
 class HarnessError(UserError):
@@ -63,6 +64,7 @@ def evaluate_tasks(
     if find_spec(module) is None:
         raise HarnessError(
             f"these tasks need {harness}, which is not installed: pip install {harness}"
+            f"{_OTHER_HARNESS if harness == 'lmms-eval' else ''}"
         )
     folder = None if task_folder is None else str(task_folder)
     manager = import_module(f"{module}.tasks").TaskManager(include_path=folder)
@@ -121,6 +123,9 @@ def _run(harness: Harness, **arguments: Any) -> Mapping[str, Any]:
         del arguments["apply_chat_template"]
     try:
         results = evaluator.simple_evaluate(**arguments)
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        raise HarnessError(f"{harness} cannot load the model here: {first}") from error
     except (ConnectionError, FileNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise HarnessError(

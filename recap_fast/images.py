@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -84,7 +85,7 @@ def read_image(cell: Any, folder: Path | None) -> RawImage:
         return cell
     if isinstance(cell, str) and cell:
         return _read_file(cell, folder)
-    shown = type(cell).__name__ if cell else repr(cell)
+    shown = repr(cell) if cell is None or isinstance(cell, str) else type(cell).__name__
     raise BadImage(
         "image_missing", f"wanted a path, bytes, a PIL image or {{bytes, path}}, got {shown}"
     )
@@ -129,8 +130,12 @@ def decode_image(raw: RawImage) -> Decoded:
     Raises:
         BadImage: unreadable, truncated, without pixels, with too many, or too elongated.
     """
+    if raw == b"":
+        raise BadImage("image_empty", "the file is empty")
     try:
-        image = Image.open(BytesIO(raw)) if isinstance(raw, bytes) else raw
+        with warnings.catch_warnings():  # Pillow's about its own limit: ours says more
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(raw)) if isinstance(raw, bytes) else raw
         _check_size(*image.size)
         # Two pictures in one JPEG (MPO) are a photo and its preview or depth, no animation.
         is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
@@ -168,6 +173,8 @@ def _too_large(amount: str) -> BadImage:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "La":  # Pillow converts it to nothing but this
+        image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")

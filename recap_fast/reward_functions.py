@@ -69,6 +69,8 @@ def accuracy(sample: RewardSample, *, choices: str | None = None) -> float:
     if options is not None and options != []:
         return float(_is_right_choice(prediction, sample.answer, options))
     truth = _truth_text(sample.answer)
+    if not prediction:
+        return 0.0
     return float(
         _normalise(prediction) == _normalise(truth)
         or _is_same_letter(prediction, truth)
@@ -263,7 +265,7 @@ def iou(
         threshold: if given, the reward is 1 for an overlap above it and 0 for one up to it.
 
     Raises:
-        ValueError: the truth is no such box, or lies outside of the image.
+        ValueError: the truth is no such box, is smaller than a pixel, or lies outside of the image.
     """
     original = _extent(units, sample.entry.get(ORIGINAL_IMAGE_SIZES))
     seen = _extent(answer_units, sample.entry.get(MODEL_IMAGE_SIZES))
@@ -272,7 +274,7 @@ def iou(
             f"the truth is in {units} and the answer in {answer_units}, but the row has no image "
             f"whose size would connect them"
         )
-    truth = _true_box(sample.answer, box_format)
+    truth = _true_box(sample.answer, box_format, units)
     box = _box(extract_answer(sample.completion))
     if original is not None and seen is not None:
         truth = _inside(_relative(truth, original), sample.answer, units)
@@ -290,7 +292,7 @@ def _extent(units: BoxUnits, sizes: Any) -> _Extent | None:
     return float(width), float(height)
 
 
-def _true_box(answer: Any, box_format: BoxFormat) -> _Box:
+def _true_box(answer: Any, box_format: BoxFormat, units: BoxUnits) -> _Box:
     numbers = _numbers(answer)
     if numbers is not None and box_format == "xywh":
         x1, y1, width, height = numbers
@@ -298,6 +300,12 @@ def _true_box(answer: Any, box_format: BoxFormat) -> _Box:
     if numbers is None or not _is_box(numbers):
         shape = "[x1, y1, x2, y2]" if box_format == "xyxy" else "[x1, y1, width, height]"
         raise ValueError(f"the truth must be a box {shape}, got {answer!r}")
+    x1, y1, x2, y2 = numbers
+    if units == "pixels" and max(x2 - x1, y2 - y1) <= 1:
+        raise ValueError(
+            f"the true box {answer!r} is smaller than a pixel: is it in fractions of the image "
+            f"(units: fraction)?"
+        )
     return numbers
 
 
@@ -413,6 +421,22 @@ def _gym_verifier(name: str, parameters: str) -> Callable[[str, dict[str, Any]],
         name, **json.loads(parameters)
     ).score_answer
     return score
+
+
+def check_truth(
+    name: str, parameters: Mapping[str, Any], answer: Any, entry: Mapping[str, Any]
+) -> None:
+    """Raises what a built-in reward would raise for a row whatever the model wrote.
+
+    Args:
+        name: "accuracy" or "iou"; the others have no truth of their own to be checked.
+        parameters: keyword arguments of the reward.
+
+    Raises:
+        ValueError, TypeError, KeyError: the truth is of no use.
+    """
+    if name in ("accuracy", "iou"):
+        BUILTIN[name](RewardSample("", answer, entry, 0, 1, "stop"), **parameters)
 
 
 BUILTIN: dict[str, Callable[..., float]] = {

@@ -203,10 +203,11 @@ class _Reward:
 
 @dataclass
 class _Step:
-    """The calls of one step and what came of them, by the call's number."""
+    """The calls for some rollouts and what came of them, by the call's number."""
 
     jobs: list[_Job] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # which rollout a call belongs to
+    where: list[str] = field(default_factory=list)  # which row of the data
     outcomes: dict[int, _Outcome] = field(default_factory=dict)
     failed: Counter[str] = field(default_factory=Counter)  # by objective
     calls: Counter[str] = field(default_factory=Counter)
@@ -240,9 +241,10 @@ class RewardScorer:
         columns = {objective.name: column for column, objective in enumerate(objectives)}
         for source in sources:
             self._by_source[source.name] = []
-            for name, spec in source.rewards.items():
+            for name, spec in source.reward_specs.items():
+                _validate(source, name, spec)
                 self._by_source[source.name].append(len(self._rewards))
-                self._rewards.append(_Reward(name, columns[name], _bind(source, name, spec)))
+                self._rewards.append(_Reward(name, columns[name], spec))
         self.failures: Counter[str] = Counter()
         """Failed rewards of all steps so far, as in `RewardTable.failures`."""
         self.first_errors: dict[str, str] = {}
@@ -307,6 +309,7 @@ class RewardScorer:
             for reward in self._by_source[rollout.prompt.source]:
                 step.jobs.append((reward, sample))
                 step.rows.append(row)
+                step.where.append(f"{rollout.prompt.source}:{rollout.prompt.row}")
                 step.calls[self._rewards[reward].objective] += 1
         return step
 
@@ -369,12 +372,12 @@ class RewardScorer:
                 continue
             name = self._rewards[step.jobs[index][0]].objective
             self.failures[f"{name}/{kind}"] += 1
-            self.first_errors.setdefault(f"{name}/{kind}", value)
+            self.first_errors.setdefault(f"{name}/{kind}", f"row {step.where[index]}: {value}")
             step.failed[name] += 1
             if step.failed[name] > self._config.max_failure_fraction * step.calls[name]:
                 raise RewardError(
-                    f"reward {name!r} failed for {step.failed[name]} of a step's "
-                    f"{step.calls[name]} rollouts, more than rewards.max_failure_fraction "
+                    f"reward {name!r} failed for {step.failed[name]} of {step.calls[name]} "
+                    f"rollouts, more than rewards.max_failure_fraction "
                     f"{self._config.max_failure_fraction}; first {kind}: "
                     f"{self.first_errors[f'{name}/{kind}']}"
                 )
@@ -436,18 +439,8 @@ def _worker_context(specs: Sequence[RewardSpec]) -> Any:
     return context
 
 
-def _bind(source: SourceConfig, objective: str, spec: RewardSpec | str) -> RewardSpec:
-    """The full specification of a source's reward, validated."""
-    if isinstance(spec, str):
-        spec = RewardSpec(function=spec)
-    if spec.function == "reasoning_gym" and source.reasoning_gym is not None:
-        own = {"dataset": source.reasoning_gym, "dataset_parameters": source.parameters}
-        spec = RewardSpec(function=spec.function, parameters={**own, **spec.parameters})
-    if spec.function == "accuracy" and source.choices is not None:
-        own = {"choices": source.choices}
-        spec = RewardSpec(function=spec.function, parameters={**own, **spec.parameters})
+def _validate(source: SourceConfig, objective: str, spec: RewardSpec) -> None:
     try:
         resolve(spec)
     except RewardError as error:
         raise RewardError(f"source {source.name!r}, objective {objective!r}: {error}") from error
-    return spec

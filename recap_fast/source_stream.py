@@ -21,6 +21,7 @@ from recap_fast.prompts import (
     place_images,
     resolve_template,
 )
+from recap_fast.reward_functions import check_truth
 from recap_fast.sources import (
     DataError,
     image_folder,
@@ -106,6 +107,7 @@ class SourceStream:
             raise DataError(
                 f"source {config.name!r}: target must have {{answer}} in it, got {config.target!r}"
             )
+        self._reward_specs = list(config.reward_specs.values())
         self._rows = open_rows(config, seed)
         self._held_out_built: list[Any] = []
         self._held_out_rows, self.held_out_questions = self._hold_out()
@@ -282,6 +284,12 @@ class SourceStream:
         if self.config.answer is not None:
             answer = read_column(entry, self.config.answer, self.config, self._rows.where(row))
         entry = self._for_rewards(entry, images)
+        for spec in self._reward_specs if self.config.answer is not None else ():
+            try:
+                check_truth(spec.function, spec.parameters, answer, entry)
+            except (ValueError, TypeError, KeyError) as error:
+                self._skip("bad_answer", row, f"reward {spec.function!r}: {error}")
+                return None
         return Prompt(self.config.name, row, token_ids, text, answer, entry, images.inputs)
 
     def _build_supervised(
@@ -358,11 +366,15 @@ class SourceStream:
             reasons = ", ".join(f"{count} {name}" for name, count in self.skipped.items())
             raise DataError(
                 f"source {self.config.name!r} skipped {total} of {self._looked_at} rows "
-                f"({reasons}), more than data.max_skipped_fraction {limit}; limits are "
-                f"data.max_prompt_tokens {self._data.max_prompt_tokens} and "
-                f"data.max_supervised_tokens {self._data.max_supervised_tokens}"
+                f"({reasons}), more than data.max_skipped_fraction {limit}{self._limits()}"
                 f"{self._first_text()}"
             )
+
+    def _limits(self) -> str:
+        """The limits that rows were skipped for."""
+        limits = {"prompt_too_long": "max_prompt_tokens", "row_too_long": "max_supervised_tokens"}
+        reached = [name for reason, name in limits.items() if self.skipped[reason]]
+        return "".join(f"; data.{name} is {getattr(self._data, name)}" for name in reached)
 
     def _note(self, what: str, row: int, text: str) -> None:
         if what not in self._first_texts:

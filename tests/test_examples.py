@@ -17,7 +17,6 @@ import yaml
 from recap_fast.config import DataConfig, SourceConfig, load_config
 from recap_fast.data import DataStream, mixing_shares
 from recap_fast.reward_functions import BUILTIN
-from recap_fast.rewards import _bind
 from recap_fast.types import RewardSample
 from tests.vision_rows import encoded, encoder, picture, vision_tokenizer
 
@@ -311,6 +310,6 @@ def test_other_shapes(name, tmp_path, monkeypatch):
 
 def accuracy(source, prompt, answer):
     """As a run computes it, told of the source's options."""
-    spec = _bind(source, "accuracy", source.rewards["accuracy"])
+    spec = source.reward_specs["accuracy"]
     sample = RewardSample(f"<answer>{answer}</answer>", prompt.answer, prompt.entry, 1, 1, "stop")
     return BUILTIN[spec.function](sample, **spec.parameters)

@@ -196,7 +196,7 @@ PNG = encoded(picture(64, 64))
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"", "image_unreadable"),
+        (b"", "image_empty"),
         (b"not an image", "image_unreadable"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image_unreadable"),
         (JPEG[: len(JPEG) // 2], "image_unreadable"),

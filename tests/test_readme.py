@@ -57,6 +57,9 @@ def test_commands_exist_with_their_options(monkeypatch):
     for line in lines:
         name, *arguments = shlex.split(line)[1:]
         command = group.commands[name]
+        if hasattr(command, "commands"):
+            name, *arguments = arguments
+            command = command.commands[name]
         command.make_context(name, arguments)
 
 

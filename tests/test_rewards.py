@@ -217,7 +217,8 @@ def test_failure_concerns_one_rollout_only(cases, text, kind):
 def test_first_error_is_kept_with_its_place():
     with scorer({"r": f"{CASES}:misbehave"}) as scores:
         scores.score([rollout("raise"), rollout("text")], 16)
-        assert scores.first_errors["r/raised"].startswith("KeyError: 'gone' (")
+        assert " KeyError: 'gone' (" in scores.first_errors["r/raised"]
+        assert scores.first_errors["r/raised"].startswith("row ")
         assert "reward_cases.py:" in scores.first_errors["r/raised"]
         assert "got str '1.0'" in scores.first_errors["r/invalid"]
 
@@ -271,7 +272,9 @@ def test_too_many_failures_stop_the_run(failing, stops):
     rows = [rollout("raise")] * failing + [rollout("ok")] * (10 - failing)
     with scorer({"r": f"{CASES}:misbehave"}, max_failure_fraction=0.2) as scores:
         if stops:
-            with pytest.raises(RewardError, match=r"'r' failed for 3 of .* 10 .*KeyError: 'gone'"):
+            with pytest.raises(
+                RewardError, match=r"'r' failed for 3 of 10 .*row .*KeyError: 'gone'"
+            ):
                 scores.score(rows, 16)
         else:
             assert scores.score(rows, 16).failures == {"r/raised": failing}

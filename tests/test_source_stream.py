@@ -286,7 +286,8 @@ def broken_rows(folder):
     (folder / "half.png").write_bytes(content[: len(content) // 2])
     kinds = {
         "image_missing": ["gone.png", [None], ""],
-        "image_unreadable": ["text.png", "empty.png", "half.png", "."],
+        "image_unreadable": ["text.png", "half.png", "."],
+        "image_empty": ["empty.png"],
         "image_url": ["https://example.com/1.png"],
         "image_too_elongated": ["long.png"],
     }
@@ -321,6 +322,29 @@ def test_bad_rows_are_skipped_counted_and_named_once(folder, caplog):
         (message,) = [text for text in messages if text.endswith(f"({reason})")]
         assert "rows.jsonl:" in message
         assert "skipped" in message
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ([5, 5, 2, 2], "must be a box"),
+        ("[1, 2, 3]", "must be a box"),
+        (None, "must be a box"),
+        ([0.1, 0.2, 0.5, 0.6], "smaller than a pixel"),
+        ([100, 100, 900, 900], "not inside its image"),
+    ],
+)
+def test_rows_with_a_useless_box_are_skipped(folder, caplog, box, reason):
+    good = {"question": "q", "answer": [1, 1, 9, 9], "image": "0.png"}
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {"answer": box})))
+    data = stream(source(path, rewards={"iou": "iou"}), batch_size=1)
+    with caplog.at_level(logging.WARNING):
+        assert [data.next_step().prompts[0].row for _ in range(4)] == [0] * 4
+    assert data.skipped["s/bad_answer"] >= 1
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "rows.jsonl:2" in message
+    assert reason in message
 
 
 def test_skipped_counts_survive_a_resumption(folder):
