@@ -302,6 +302,7 @@ def _throughput(figure: Figure, history: RunHistory, config: TrainConfig) -> boo
 def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
     _label(axes, "Engine against trainer", "|Δ log-prob| of sampled tokens")
+    axes.set_yscale("log")  # before the curves: one that is flat would have no linear range
     drawn = False
     for name, colour in (("max", "#94a3b8"), ("mean", _COLOURS[0])):
         x, y = history.series(f"rollout/logprob_diff_{name}")
@@ -309,7 +310,6 @@ def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
             # A logarithmic axis has no place for a mismatch of exactly 0.
             _curve(axes, x, np.maximum(y, 1e-9), colour, name)
             drawn = True
-    axes.set_yscale("log")
     # The default labels are formulas, which are off.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
