@@ -272,9 +272,7 @@ def test_too_many_failures_stop_the_run(failing, stops):
     rows = [rollout("raise")] * failing + [rollout("ok")] * (10 - failing)
     with scorer({"r": f"{CASES}:misbehave"}, max_failure_fraction=0.2) as scores:
         if stops:
-            with pytest.raises(
-                RewardError, match=r"'r' failed for 3 of 10 .*KeyError: 'gone'"
-            ):
+            with pytest.raises(RewardError, match=r"'r' failed for 3 of 10 .*KeyError: 'gone'"):
                 scores.score(rows, 16)
         else:
             assert scores.score(rows, 16).failures == {"r/raised": failing}
