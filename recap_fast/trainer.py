@@ -15,12 +15,9 @@ sampled log-probs stand for the old policy's.
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -43,6 +40,7 @@ from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights, make_engine
 from recap_fast.run_folder import clear_folder, prepare_folder
 from recap_fast.step_metrics import column_deviations, column_means, device_metrics, host_metrics
+from recap_fast.stop_signals import collect_stop_signals
 from recap_fast.types import (
     Prompt,
     RewardTable,
@@ -144,7 +142,10 @@ class Trainer:
         """Runs the remaining steps. Returns False when SIGTERM or Ctrl-C ended the run early, with
         a checkpoint written."""
         steps = self.config.training.steps
-        with _signals() as stop, ProgressView(self.config, self.step) as view:
+        with (
+            collect_stop_signals("saving and stopping") as stop,
+            ProgressView(self.config, self.step) as view,
+        ):
             if self.step == 0 and self.config.evaluation.before:
                 self._log(view, {"step": 0} | self.evaluator.run())
             while self.step < steps and not stop:
@@ -354,22 +355,3 @@ def _build_reweighter(config: TrainConfig, device: torch.device) -> Reweighter:
         return make_reweighter(config.reweighting.method, len(names), device=device, **arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"reweighting: {error}") from None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.warning("%s: saving and stopping", signal.Signals(number).name)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -11,11 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from rich.console import Console
@@ -24,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from recap_fast.checkpoint import list_checkpoints
 from recap_fast.config import TrainConfig, load_config, save_config
 from recap_fast.metrics import read_metrics
+from recap_fast.stop_signals import collect_stop_signals
 from recap_fast.types import UserError
 
 LOG_FILE = "train.log"
@@ -83,7 +82,10 @@ def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
         console.print(f"{done} of {len(cells)} runs are finished already")
     running: list[_Process] = []
     failed: list[_Process] = []
-    with _stop_signals() as stop, _Bars(cells, console) as bars:
+    with (
+        collect_stop_signals("asking the runs to save and stop") as stop,
+        _Bars(cells, console) as bars,
+    ):
         while running or (waiting and not stop):
             while waiting and len(running) < jobs and not stop:
                 running.append(_Process(waiting.pop(0), jobs))
@@ -214,19 +216,3 @@ class _Bars:
     def finish(self, cell: Cell, seconds: float) -> None:
         self._steps[cell.folder] = cell.config.training.steps
         self._console.print(f"finished {cell.name} in {seconds:.0f} s", highlight=False)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, so that the runs can be asked to save first."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,29 @@
+"""Stop signals are collected, a second Ctrl-C interrupts, and the handlers are put back."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+import pytest
+
+from recap_fast.stop_signals import collect_stop_signals
+
+
+def test_signals_are_collected_and_handlers_put_back(caplog):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with caplog.at_level(logging.WARNING), collect_stop_signals("saving") as received:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGINT, signal.SIGTERM]
+    assert [record.message for record in caplog.records] == ["SIGINT: saving", "SIGTERM: saving"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_ctrl_c_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with collect_stop_signals("saving"):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
