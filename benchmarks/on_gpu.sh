@@ -12,6 +12,7 @@
 #   vision_step a hybrid step with images on the same model's shapes, vision tower included
 #   trl_step    the text step through TRL
 #   rollout     weight sync into vLLM and rollouts from it
+#   digits      the forgetting experiment at its larger size; a later call goes on with it
 #
 # --rehearse runs the same parts on any device with tiny shapes.
 #
@@ -31,8 +32,8 @@ case "${1:-}" in
 esac
 
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step trl_step rollout}"
-LIMIT="${LIMIT:-600}"
+PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step trl_step rollout digits}"
+export LIMIT="${LIMIT:-600}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 

@@ -200,12 +200,15 @@ def digits(
     quick: Annotated[
         bool, typer.Option("--quick", help="three methods, one seed, a few steps; for CI")
     ] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="a larger model, four methods, five seeds; for a GPU")
+    ] = False,
     extended: Annotated[
         bool, typer.Option("--extended", help="other KLs and longer Uniform runs too")
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="folder for runs, tables and figures; runs/reproduce/digits[-quick]"),
+        typer.Option(help="folder for runs, tables and figures; runs/reproduce/digits[-SIZE]"),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
     base_only: Annotated[
@@ -214,10 +217,15 @@ def digits(
 ) -> None:
     """What training on one ability does to the others, by method; goes on where it was stopped."""
     _quieten()
-    from recap_fast.reproduce.digits_report import run_digits
+    from recap_fast.reproduce.digits_report import SIZES, run_digits
 
-    folder = output or Path("runs/reproduce") / ("digits-quick" if quick else "digits")
-    print(run_digits(folder, quick=quick, extended=extended, jobs=jobs, base_only=base_only))
+    if quick and large:
+        raise typer.BadParameter(
+            "--quick and --large are two sizes of the experiment: give one of them"
+        )
+    size = "quick" if quick else "large" if large else "full"
+    folder = output or Path("runs/reproduce") / ("digits" if size == "full" else f"digits-{size}")
+    print(run_digits(folder, SIZES[size], extended=extended, jobs=jobs, base_only=base_only))
 
 
 @reproduce.command()

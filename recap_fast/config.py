@@ -68,7 +68,7 @@ class SourceConfig(_Model):
     """At most so many rows are used (of each subset), chosen by the seed."""
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, instead of `path`."""
-    digit_scenes: Literal["sum", "locate", "transcribe"] | None = None
+    digit_scenes: Literal["range", "locate", "transcribe"] | None = None
     """Task of the built-in digit scenes (recap_fast/reproduce/scenes.py), instead of `path`."""
     parameters: dict[str, Any] = {}
     """The reasoning-gym dataset's own parameters."""

@@ -12,7 +12,7 @@ NEEDED = ("torch", "numpy", "pydantic", "typer", "rich", "matplotlib", "transfor
           "pytest_benchmark", "pytest_timeout", "hypothesis", "triton", "safetensors", "yaml",
           "pebble")  # fmt: skip
 OPTIONAL = ("trl", "liger_kernel", "cut_cross_entropy", "quack", "cutlass", "verl", "vllm",
-            "flash_attn", "reasoning_gym", "math_verify")  # fmt: skip
+            "flash_attn", "reasoning_gym", "math_verify", "sklearn")  # fmt: skip
 
 
 def run(context: Context) -> dict[str, Any]:

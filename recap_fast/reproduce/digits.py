@@ -2,8 +2,9 @@
 
 Nothing is downloaded. A tokenizer is made from the scenes' own words, a model with random weights
 is saved beside it as a model folder like any other, and the trainer's supervised path teaches it
-all three tasks from answers (`pretraining_config`). It sees good replies and bare ones in turn, so
-that the base keeps to the wanted format only sometimes and reinforcement has something to find.
+all three tasks from answers (`pretraining_config`). Thoughts make it far better at `range`, but it
+is taught to think them where they are not asked for: to the prompt that asks for them it mostly
+replies with an answer alone. Reinforcement has to find that, as it has in a large model.
 
     recap-fast reproduce digits --base-only
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.json"
 
-_VERSION = 1
+_VERSION = 2
 """Part of the cache's key: raise it when a change makes old bases wrong."""
 
 _PATCH, _MERGE = 4, 2  # pixels of a patch's side; patches of an image token's side
@@ -42,18 +43,33 @@ _NUM_WORD_ROWS = 200  # rows of each task whose words the tokenizer learns; temp
 _HELD_OUT = 32  # rows of each source that the pretraining is watched on
 _MAX_POSITIONS = 1024
 
-PROMPTS = {"sum": "thinking", "locate": "box", "transcribe": "plain"}
+PROMPTS = {"range": "thinking", "locate": "box", "transcribe": "plain"}
 """Prompt template of each task, as in the paper: only reasoning is asked for thoughts."""
 
-_READING_MIX = {"transcribe_worked": 1.0}
-_WHOLE_MIX = {
-    "sum_worked": 2.0,
-    "sum_answer": 1.0,
-    "locate_worked": 4.0,
-    "locate_answer": 2.0,
-    "transcribe_worked": 2.0,
-}
-"""Rows of each kind. Finding the digit that a phrase means takes the most of them to learn."""
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One kind of row of the pretraining: a task, what its prompts ask for, and how it replies."""
+
+    task: str
+    column: str
+    prompt: str
+    share: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.column}_{self.prompt}"
+
+
+LESSONS = (
+    Lesson("range", "worked", "plain", 3.0),
+    Lesson("range", "worked", "thinking", 0.5),
+    Lesson("range", "short", "thinking", 1.0),
+    Lesson("locate", "worked", "box", 5.0),
+    Lesson("locate", "answer", "box", 2.0),
+    Lesson("transcribe", "worked", "plain", 2.0),
+)
+"""What the base is taught. Finding the digit that a phrase means takes the most rows to learn."""
 
 _PIECES = r"\[\d+|, \d+|\]| ?</?\w+>| ?\w+|\n| ?[^\s\w]+|\s"
 """Words with the space before them, tags, and the parts of a box: each becomes one token."""
@@ -83,7 +99,7 @@ class BaseSettings:
     vision_layers: int = 2
     reading_steps: int = 500
     """Steps of transcription alone. A model that reads learns the rest several times faster."""
-    steps: int = 1500
+    steps: int = 2000
     """Steps of all tasks."""
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -144,6 +160,7 @@ def _texts(seed: int) -> Iterator[str]:
             for template in TEMPLATES.values():
                 yield template.replace("{question}", row["question"])
             yield row["worked"]
+            yield row["short"]
 
 
 def model_config(settings: BaseSettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
@@ -221,26 +238,19 @@ def save_untrained(settings: BaseSettings, folder: Path) -> None:
 
 
 def supervised_sources(size: int) -> list[dict[str, Any]]:
-    """Sources of the pretraining: each task's good replies, and bare answers where a format is
-    wanted of it."""
-    replies = {
-        "sum": ("worked", "answer"),
-        "locate": ("worked", "answer"),
-        "transcribe": ("worked",),
-    }
+    """Sources of the pretraining, `size` rows each: the LESSONS."""
     return [
         {
-            "name": f"{task}_{column}",
+            "name": lesson.name,
             "kind": "sft",
-            "digit_scenes": task,
+            "digit_scenes": lesson.task,
             "size": size,
             "images": "image",
-            "answer": column,
-            "prompt": PROMPTS[task],
+            "answer": lesson.column,
+            "prompt": lesson.prompt,
             "held_out": _HELD_OUT,
         }
-        for task in TASKS
-        for column in replies[task]
+        for lesson in LESSONS
     ]
 
 
@@ -254,6 +264,11 @@ def pretraining_config(
         reading: the first run, of transcription alone.
     """
     steps = settings.reading_steps if reading else settings.steps
+    shares = {
+        lesson.name: lesson.share
+        for lesson in LESSONS
+        if lesson.task == "transcribe" or not reading
+    }
     return TrainConfig.model_validate(
         {
             "run": str(run),
@@ -262,7 +277,7 @@ def pretraining_config(
             "data": {
                 "sources": supervised_sources(steps * settings.batch_size + _HELD_OUT),
                 "batch_size": settings.batch_size,
-                "mixing": _READING_MIX if reading else _WHOLE_MIX,
+                "mixing": shares,
                 "max_supervised_tokens": 160,
             },
             "rollout": {"engine": "transformers"},

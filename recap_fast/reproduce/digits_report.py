@@ -29,12 +29,29 @@ QUICK = ExperimentSettings(
     window=3,
 )
 """Shows that everything works, and nothing else: its base has hardly learnt to see."""
+LARGE = ExperimentSettings(
+    base=BaseSettings(
+        text_width=384,
+        text_layers=8,
+        vision_width=192,
+        vision_layers=4,
+        batch_size=32,
+        learning_rate=3e-4,
+    ),
+    methods=("reasoning-only", "uniform", "lwf", "recap"),
+    seeds=(0, 1, 2, 3, 4),
+    batch_size=48,
+    learning_rate=2e-4,
+)
+"""Sixteen times the parameters, for a GPU. Its learning rates are FULL's over the ratio of widths,
+rounded: no pilot has been made."""
+SIZES = {"quick": QUICK, "full": FULL, "large": LARGE}
 
 
 def run_digits(
     output: Path,
+    settings: ExperimentSettings,
     *,
-    quick: bool = False,
     extended: bool = False,
     jobs: int = 2,
     base_only: bool = False,
@@ -43,7 +60,7 @@ def run_digits(
 
     Args:
         output: folder of runs, results.json, results.md and figures/.
-        quick: `QUICK` instead of `FULL`.
+        settings: what runs; SIZES has three.
         extended: other KLs and longer Uniform runs beside the ten methods.
         jobs: runs at a time.
         base_only: builds the base if it is missing, and returns its scores.
@@ -51,7 +68,6 @@ def run_digits(
     Raises:
         UserError: stopped, a run failed, or the folder holds another experiment.
     """
-    settings = QUICK if quick else FULL
     if extended:
         settings = replace(settings, methods=tuple(METHODS))
     console = Console(stderr=True)

@@ -1,6 +1,6 @@
 """The forgetting experiment on digit scenes: what reinforcement on one task does to the others.
 
-From one base, every method trains on `sum` (reasoning) for the same number of steps of the same
+From one base, every method trains on `range` (reasoning) for the same number of steps of the same
 number of rows; all but the first replay `locate` (grounding) and `transcribe` (OCR). Held-out
 scores of all three are taken before, during and after, over several seeds.
 
@@ -39,7 +39,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "reasoning-only": Method("Reasoning only", mixing={"sum": 1.0}),
+    "reasoning-only": Method("Reasoning only", mixing={"range": 1.0}),
     "propmix": Method("PropMix", mixing="proportional"),
     "uniform": Method("Uniform"),
     "coreset": Method("Coreset", mixing="coreset"),
@@ -62,7 +62,7 @@ COMPARED = tuple(name for name in METHODS if not name.startswith(("lwf-", "unifo
 
 _SOURCES: tuple[dict[str, Any], ...] = (
     {
-        "name": "sum",
+        "name": "range",
         "kind": "rl",
         "size": 12_000,
         "rewards": {"accuracy": "accuracy", "thinking_format": "thinking_format"},
@@ -89,7 +89,7 @@ class ExperimentSettings:
     steps: int = 300
     batch_size: int = 12
     group_size: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     evaluate_every: int = 50
     held_out: int = 256
     window: int = 10

@@ -32,14 +32,14 @@ class Score:
 
 
 ABILITIES: dict[str, Score] = {
-    "reasoning": Score("Reasoning accuracy", "eval/sum/accuracy"),
+    "reasoning": Score("Reasoning accuracy", "eval/range/accuracy"),
     "grounding": Score("Grounding IoU", "eval/locate/iou"),
     "ocr": Score("OCR token accuracy", "eval/transcribe/token_accuracy"),
 }
 """One score for each of the three abilities."""
 
 _OTHER_SCORES = {
-    "thinking_format": Score("Thinking format", "eval/sum/thinking_format"),
+    "thinking_format": Score("Thinking format", "eval/range/thinking_format"),
     "answer_format": Score("Answer format", "eval/locate/answer_format"),
     "ocr_loss": Score("OCR loss", "eval/transcribe/loss", higher_is_better=False),
 }

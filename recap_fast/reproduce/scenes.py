@@ -3,7 +3,7 @@
 scikit-learn's handwritten digits (8 x 8 pixels) are enlarged and placed on small canvases, and one
 of three tasks asks about each canvas:
 
-- `sum`, reasoning: "What is the sum of the digits?". Accuracy and thinking format.
+- `range`, reasoning: "What is the largest digit minus the smallest?". Accuracy and thinking format.
 - `locate`, grounding: "Where is the 7 on the left?". IoU with the ink's box, and answer format.
 - `transcribe`, OCR: "Read the digits from left to right.". Next-token loss.
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 64, 32
 """Size of a canvas in pixels: 32 image tokens at a patch of 4 and a merge of 2."""
 
-MIN_DIGITS, MAX_DIGITS = 1, 3
+MAX_DIGITS = 3
 SIZE = 16
 """Side of an enlarged digit in pixels. MAX_DIGITS fit side by side."""
 STEP = 8
@@ -63,7 +63,7 @@ class SceneRows:
     """The rows of one task, as a source of the data stream.
 
     A row has the columns `question`, `answer` (a text), `worked` (the answer as a good reply gives
-    it: thoughts and tags) and `image`.
+    it: thoughts and tags), `short` (without the thoughts) and `image`.
 
     Args:
         task: one of `TASKS`.
@@ -86,7 +86,8 @@ class SceneRows:
         pool = digit_split()[is_held_out]
         # Held-out rows must differ: each begins with another digit.
         first = int(pool[row % len(pool)]) if is_held_out else None
-        return _TASKS[self._task](draw_scene(random, pool, first), random)
+        fewest, make_row = _TASKS[self._task]
+        return make_row(draw_scene(random, pool, fewest, first), random)
 
     def where(self, row: int) -> str:
         return f"digit scenes {self._task!r}: row {row}"
@@ -121,8 +122,10 @@ def _tile(number: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     return tile, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def draw_scene(random: np.random.RandomState, pool: np.ndarray, first: int | None = None) -> Scene:
-    """Places 1 to 3 digits beside each other, at random heights and gaps.
+def draw_scene(
+    random: np.random.RandomState, pool: np.ndarray, fewest: int = 1, first: int | None = None
+) -> Scene:
+    """Places `fewest` to MAX_DIGITS digits beside each other, at random heights and gaps.
 
     Args:
         pool: numbers of the digit images to choose from.
@@ -130,7 +133,7 @@ def draw_scene(random: np.random.RandomState, pool: np.ndarray, first: int | Non
     """
     from PIL import Image
 
-    count = random.randint(MIN_DIGITS, MAX_DIGITS + 1)
+    count = random.randint(fewest, MAX_DIGITS + 1)
     numbers = random.choice(pool, count)
     if first is not None:
         numbers[0] = first
@@ -164,14 +167,17 @@ def references(digits: tuple[PlacedDigit, ...]) -> list[tuple[str, PlacedDigit]]
     return found
 
 
-def _sum(scene: Scene, random: np.random.RandomState) -> Row:
+def _range(scene: Scene, random: np.random.RandomState) -> Row:
     values = [digit.value for digit in scene.digits]
-    total = str(sum(values))
-    thoughts = f"{' + '.join(map(str, values))} = {total}"
+    largest, smallest = max(values), min(values)
+    answer = str(largest - smallest)
+    thoughts = f"{' '.join(map(str, values))} : {largest} - {smallest} = {answer}"
+    short = f"<answer> {answer} </answer>"
     return {
-        "question": "What is the sum of the digits?",
-        "answer": total,
-        "worked": f"<think> {thoughts} </think> <answer> {total} </answer>",
+        "question": "What is the largest digit minus the smallest?",
+        "answer": answer,
+        "worked": f"<think> {thoughts} </think> {short}",
+        "short": short,
         "image": scene.image,
     }
 
@@ -180,10 +186,12 @@ def _locate(scene: Scene, random: np.random.RandomState) -> Row:
     found = references(scene.digits)
     phrase, digit = found[random.randint(len(found))]
     box = str(list(digit.box))
+    worked = f"<answer>{box}</answer>"
     return {
         "question": f"Where is {phrase}?",
         "answer": box,
-        "worked": f"<answer>{box}</answer>",
+        "worked": worked,
+        "short": worked,
         "image": scene.image,
     }
 
@@ -194,14 +202,16 @@ def _transcribe(scene: Scene, random: np.random.RandomState) -> Row:
         "question": "Read the digits from left to right.",
         "answer": text,
         "worked": text,
+        "short": text,
         "image": scene.image,
     }
 
 
-_TASKS: dict[str, Callable[[Scene, np.random.RandomState], Row]] = {
-    "sum": _sum,
-    "locate": _locate,
-    "transcribe": _transcribe,
+_TASKS: dict[str, tuple[int, Callable[[Scene, np.random.RandomState], Row]]] = {
+    "range": (2, _range),
+    "locate": (1, _locate),
+    "transcribe": (1, _transcribe),
 }
+"""Fewest digits of a scene, and what is asked about it."""
 TASKS = tuple(_TASKS)
 """Names of the tasks."""

@@ -51,8 +51,8 @@ def test_the_tokenizer_keeps_words_and_numbers_whole_and_any_text_as_it_is():
     assert pieces("<answer>[4, 10, 64, 32]</answer>") == [
         "<answer>", "[4", ", 10", ", 64", ", 32", "]", "</answer>",
     ]  # fmt: skip
-    assert pieces("<think> 3 + 9 = 12 </think>") == [
-        "<think>", " 3", " +", " 9", " =", " 12", " </think>",
+    assert pieces("<think> 3 9 : 9 - 3 = 6 </think>") == [
+        "<think>", " 3", " 9", " :", " 9", " -", " 3", " =", " 6", " </think>",
     ]  # fmt: skip
     for text in ("naïve 1234567 — \t\n\n x", "[7,8]", "<b>?"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -93,7 +93,7 @@ def test_a_base_is_built_once_scored_and_trainable(tmp_path, monkeypatch):
 
     base = ensure_base(TINY, evaluation, SILENT)
     assert base.parent == tmp_path / "cache"
-    assert {"eval/sum/accuracy", "eval/locate/iou", "eval/transcribe/loss", "seconds"} <= set(
+    assert {"eval/range/accuracy", "eval/locate/iou", "eval/transcribe/loss", "seconds"} <= set(
         base_scores(base)
     )
     assert not base.with_suffix(".building").exists()

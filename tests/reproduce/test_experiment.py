@@ -26,7 +26,7 @@ SETTINGS = ExperimentSettings(seeds=(0, 1), steps=8, evaluate_every=4)
 
 def test_methods_differ_in_what_the_paper_says_and_in_nothing_else(tmp_path):
     configs = {name: run_config(SETTINGS, tmp_path, tmp_path, name, 1) for name in METHODS}
-    assert configs["reasoning-only"].data.mixing == {"sum": 1.0}
+    assert configs["reasoning-only"].data.mixing == {"range": 1.0}
     assert configs["propmix"].data.mixing == "proportional"
     assert configs["coreset"].data.mixing == "coreset"
     assert [s.is_replay for s in configs["coreset"].data.sources] == [False, True, True]
@@ -67,7 +67,7 @@ def _record(cell, gain: float) -> None:
             if step % SETTINGS.evaluate_every == 0:
                 value = 0.5 + gain * step / SETTINGS.steps
                 row |= {
-                    "eval/sum/accuracy": value, "eval/sum/thinking_format": value,
+                    "eval/range/accuracy": value, "eval/range/thinking_format": value,
                     "eval/locate/iou": value, "eval/locate/answer_format": value,
                     "eval/transcribe/loss": value, "eval/transcribe/token_accuracy": value,
                 }  # fmt: skip

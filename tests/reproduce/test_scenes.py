@@ -12,7 +12,6 @@ from recap_fast.reproduce import scenes
 from recap_fast.reproduce.scenes import (
     HEIGHT,
     MAX_DIGITS,
-    MIN_DIGITS,
     TASKS,
     WIDTH,
     PlacedDigit,
@@ -43,9 +42,9 @@ def test_training_and_held_out_digits_are_disjoint(monkeypatch):
     monkeypatch.setattr(
         scenes,
         "draw_scene",
-        lambda random, pool, first: pools.append(pool) or draw_scene(random, pool, first),
+        lambda random, pool, *args: pools.append(pool) or draw_scene(random, pool, *args),
     )
-    rows = _rows("sum")
+    rows = _rows("range")
     for number in (0, 3, 4, 59):
         rows[number]
     assert [pool is held_out for pool in pools] == [True, True, False, False]
@@ -85,7 +84,7 @@ def test_boxes_hold_all_the_ink_of_their_digits_and_digits_do_not_overlap():
             ink[y1:y2, x1:x2] = False
             right = x2
         assert not ink.any()
-    assert counts == set(range(MIN_DIGITS, MAX_DIGITS + 1))
+    assert counts == set(range(1, MAX_DIGITS + 1))
 
 
 def test_references_mean_one_digit_each():
@@ -107,11 +106,16 @@ def test_references_mean_one_digit_each():
 
 def test_good_replies_earn_the_rewards_of_their_task():
     for number in range(20):
-        row = _rows("sum")[number]
+        row = _rows("range")[number]
         assert accuracy(_sample(row, row["worked"])) == 1
         assert thinking_format(_sample(row, row["worked"])) == 1
-        terms = row["worked"].split("<think>")[1].split("=")[0].split("+")
-        assert str(sum(map(int, terms))) == row["answer"]
+        assert accuracy(_sample(row, row["short"])) == 1
+        assert thinking_format(_sample(row, row["short"])) == 0
+        seen, difference = row["worked"].split("<think>")[1].split("=")[0].split(":")
+        digits = sorted(map(int, seen.split()))
+        assert len(digits) in (2, 3)
+        assert [digits[-1], digits[0]] == [int(term) for term in difference.split("-")]
+        assert str(digits[-1] - digits[0]) == row["answer"]
 
         row = _rows("locate")[number]
         assert iou(_sample(row, row["worked"])) == 1
@@ -145,5 +149,5 @@ def test_a_source_can_name_a_task():
 def test_a_source_is_one_thing_only():
     with pytest.raises(ValueError, match="exactly one of `path`, `reasoning_gym` and `digit_sce"):
         SourceConfig.model_validate(
-            {"name": "x", "kind": "sft", "digit_scenes": "sum", "reasoning_gym": "chain_sum"}
+            {"name": "x", "kind": "sft", "digit_scenes": "range", "reasoning_gym": "chain_sum"}
         )
