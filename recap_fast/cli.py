@@ -204,7 +204,8 @@ def digits(
         bool, typer.Option("--large", help="a larger model, four methods, five seeds; for a GPU")
     ] = False,
     extended: Annotated[
-        bool, typer.Option("--extended", help="other KLs and longer Uniform runs too")
+        bool,
+        typer.Option("--extended", help="other KLs, longer Uniform runs and parts of RECAP too"),
     ] = False,
     output: Annotated[
         Path | None,

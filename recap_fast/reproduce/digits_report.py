@@ -61,7 +61,7 @@ def run_digits(
     Args:
         output: folder of runs, results.json, results.md and figures/.
         settings: what runs; SIZES has three.
-        extended: other KLs and longer Uniform runs beside the ten methods.
+        extended: other KLs, longer Uniform runs and parts of RECAP beside the ten methods.
         jobs: runs at a time.
         base_only: builds the base if it is missing, and returns its scores.
 

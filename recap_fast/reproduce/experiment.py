@@ -33,12 +33,14 @@ class Method:
     label: str
     mixing: str | dict[str, float] = "uniform"
     reweighter: str = "uniform"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of the reweighter, beside the window."""
     kl_coef: float = 0.0
     length: float = 1.0
     """Of its runs, in those of the others."""
 
 
-METHODS: dict[str, Method] = {
+_COMPARED: dict[str, Method] = {
     "reasoning-only": Method("Reasoning only", mixing={"range": 1.0}),
     "propmix": Method("PropMix", mixing="proportional"),
     "uniform": Method("Uniform"),
@@ -49,16 +51,25 @@ METHODS: dict[str, Method] = {
     "rlw": Method("RLW", reweighter="rlw"),
     "uw": Method("UW", reweighter="uw"),
     "saw": Method("SAW", reweighter="saw"),
+}
+_FURTHER: dict[str, Method] = {
     "lwf-0.001": Method("LwF, KL 0.001", kl_coef=0.001),
     "lwf-0.1": Method("LwF, KL 0.1", kl_coef=0.1),
     "uniform-1.5": Method("Uniform, 1.5 x steps", length=1.5),
     "uniform-2": Method("Uniform, 2 x steps", length=2.0),
+    "recap-c": Method("RECAP, c alone", reweighter="recap", parameters={"alpha": 1.0}),
+    "recap-i": Method("RECAP, i alone", reweighter="recap", parameters={"alpha": 0.0}),
+    "recap-t1": Method("RECAP, T = 1", reweighter="recap", parameters={"temperature": 1.0}),
+    # In the objectives' order: accuracy, thinking format, IoU, answer format, next-token loss.
+    "iou-3": Method("IoU x 3", reweighter="static", parameters={"weights": [1, 1, 3, 1, 1]}),
 }
+METHODS = _COMPARED | _FURTHER
 """The paper's method and baselines, and reweighters in RECAP's place. Each reweighter has its own
-defaults, and all share one learning rate: nothing is tuned for one of them. The last four are what
-readers of the paper asked for: another KL, and more steps."""
-COMPARED = tuple(name for name in METHODS if not name.startswith(("lwf-", "uniform-")))
-"""The ten methods that are given equal steps."""
+defaults, and all share one learning rate: nothing is tuned for one of them. Then what readers of
+the paper asked for (another KL, more steps), and what tells why RECAP does what it does: its parts,
+and a fixed weight for what is forgotten, which knows the answer beforehand."""
+COMPARED = tuple(_COMPARED)
+"""The ten methods of the comparison, with equal steps."""
 
 _SOURCES: tuple[dict[str, Any], ...] = (
     {
@@ -144,7 +155,7 @@ def run_config(
             "loss": PolicyLossConfig(kl_coef=chosen.kl_coef),
             "reweighting": {
                 "method": chosen.reweighter,
-                "parameters": {"window": settings.window} if windowed else {},
+                "parameters": ({"window": settings.window} if windowed else {}) | chosen.parameters,
             },
             "optimizer": {"learning_rate": settings.learning_rate},
             "training": {"steps": round(chosen.length * settings.steps)},
