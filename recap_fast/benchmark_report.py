@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from recap_fast.plots import _COLOURS, _DPI, _INK, _STYLE
+from recap_fast.plot_style import COLOURS, DPI, INK, STYLE
 from recap_fast.types import UserError
 
 OURS = "recap-fast"
@@ -193,7 +193,7 @@ def draw_plots(benchmarks: Benchmarks, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for suite in dict.fromkeys(suite for suite, _ in benchmarks.groups):
             panels = [
                 (size, benchmarks.of(suite, size)) for s, size in benchmarks.groups if s == suite
@@ -223,7 +223,7 @@ def _figure(suite: str, kind: str, panels: Sequence[tuple[str, Sequence[Result]]
     most = max(len(values) for _, values in kept)
     figure = Figure(
         figsize=(7.2 * columns, 0.5 + rows * (0.95 + 0.27 * most)),
-        dpi=_DPI,
+        dpi=DPI,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.09),
     )
     figure.suptitle(f"{suite}: {_TITLES[kind]}", x=0.01, ha="left", fontsize=12, weight="bold")
@@ -254,7 +254,7 @@ def _bars(axes: Axes, kind: str, size: str, values: Sequence[tuple[Result, float
         lows = [(r.median - r.fastest) * scale for r, _ in values]
         highs = [(r.slowest - r.median) * scale for r, _ in values]
         axes.errorbar(
-            lengths, range(len(values)), xerr=(lows, highs), fmt="none", ecolor=_INK, elinewidth=0.9
+            lengths, range(len(values)), xerr=(lows, highs), fmt="none", ecolor=INK, elinewidth=0.9
         )
         ends = [length + high for length, high in zip(lengths, highs, strict=True)]
     else:
@@ -269,11 +269,11 @@ def _bars(axes: Axes, kind: str, size: str, values: Sequence[tuple[Result, float
     axes.set_xlim(0, 1.12 * max(ends) or 1.0)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", labelcolor=_INK)
+    axes.tick_params(axis="y", labelcolor=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def _colour(result: Result) -> str:
     if result.is_ours:
-        return _COLOURS[0]
+        return COLOURS[0]
     return _FLOOR_COLOUR if result.is_floor else _PEER_COLOUR

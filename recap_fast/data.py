@@ -15,8 +15,9 @@ import numpy as np
 from recap_fast.config import DataConfig
 from recap_fast.images import ImageEncoder
 from recap_fast.prompts import ChatRenderer
+from recap_fast.row_columns import DataError
 from recap_fast.source_stream import SourceStream
-from recap_fast.sources import DataError, nearest
+from recap_fast.sources import nearest
 from recap_fast.types import Prompt, StepRows, SupervisedRow
 
 if TYPE_CHECKING:

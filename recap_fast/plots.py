@@ -12,50 +12,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from recap_fast.config import TrainConfig
+from recap_fast.plot_style import COLOURS, DPI, MUTED, STYLE, label_axes
 
 Array = np.ndarray
 
-_COLOURS = ("#2563eb", "#e4572e", "#0f9d74", "#8b5cf6", "#d69a00", "#0891b2", "#be3f7d", "#64748b")
 _STAGE_COLOURS = {
     "rollout": "#1e5f8c",
     "reward": "#e9b44c",
     "train": "#7fb3d5",
     "sync": "#9a8fbf",
 }
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": _INK,
-    "text.parse_math": False,  # names come from the user: a dollar sign is a dollar sign
-    "axes.edgecolor": "#cbd5e1",
-    "axes.labelcolor": _MUTED,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
-}
 _SIZE = (6.4, 3.3)  # inches
-_DPI = 150
 _MAX_BARS = 300
 _NOISY, _SMOOTH, _EXACT = 0.15, 0.025, 0.0  # share of a series that its drawn average spans
 _FEW_POINTS = 12  # below it points are marked, or a run of one step would show nothing
@@ -101,10 +71,10 @@ def draw_plots(history: RunHistory, config: TrainConfig, folder: Path) -> list[P
     """Draws every figure that the run has data for into `folder`, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, caption, draw in _FIGURES:
             layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)
-            figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
+            figure = Figure(figsize=_SIZE, dpi=DPI, layout=layout)
             if draw(figure, history, config):
                 path = folder / f"{name}.png"
                 figure.savefig(path)
@@ -124,17 +94,7 @@ def moving_average(values: Array, window: int) -> Array:
 
 def _objective_colours(config: TrainConfig) -> dict[str, str]:
     names = [objective.name for objective in config.objectives]
-    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-
-
-def _label(axes: Axes, title: str, unit: str, *, xlabel: str = "step") -> None:
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1)
-    )
-    axes.margins(x=0.02)
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def _legend(axes: Axes, at_least: int = 2) -> None:
@@ -182,7 +142,7 @@ def _per_objective(
 
 def _rewards(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Rewards", "mean reward of the rollouts")
+    label_axes(axes, "Rewards", "mean reward of the rollouts")
     drawn = _per_objective(axes, history, config, "reward", kinds=["reward"])
     low, high = axes.get_ylim()
     if drawn and low >= -0.2 and high <= 1.2:
@@ -192,8 +152,8 @@ def _rewards(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
 
 def _weights(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Objective weights", "λ (mean 1)")
-    axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    label_axes(axes, "Objective weights", "λ (mean 1)")
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     drawn = _per_objective(axes, history, config, "weight", share=_SMOOTH)
     _mark_warm_up(axes, history, config)
     return drawn
@@ -210,20 +170,20 @@ def _mark_warm_up(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     if end > 0.2 * history.num_steps:  # else the words are wider than the shade
         axes.text(
             (1 + end) / 2, 0.03, "windows fill", transform=axes.get_xaxis_transform(),
-            ha="center", va="bottom", fontsize=8, color=_MUTED,
+            ha="center", va="bottom", fontsize=8, color=MUTED,
         )  # fmt: skip
 
 
 def _rates(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Convergence rates", "c (above 1: still improving)")
-    axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    label_axes(axes, "Convergence rates", "c (above 1: still improving)")
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     return _per_objective(axes, history, config, "rate", share=_SMOOTH)
 
 
 def _instabilities(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Instabilities", "i (standard deviation / means)")
+    label_axes(axes, "Instabilities", "i (standard deviation / means)")
     drawn = _per_objective(axes, history, config, "instability", share=_SMOOTH)
     axes.set_ylim(bottom=0)
     return drawn
@@ -243,14 +203,14 @@ def _losses(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
         "loss": ("Supervised losses", "nats per token"),
     }
     for axes, kind in zip(np.ravel(figure.subplots(1, len(present) or 1)), present, strict=False):
-        _label(axes, *titles[kind])
+        label_axes(axes, *titles[kind])
         _per_objective(axes, history, config, "loss", kinds=[kind], legend_at=1)
     return bool(present)
 
 
 def _zero_std(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Groups without a signal", "share of groups, all rewards equal")
+    label_axes(axes, "Groups without a signal", "share of groups, all rewards equal")
     drawn = _per_objective(axes, history, config, "zero_std_fraction", kinds=["reward"])
     axes.set_ylim(-0.03, 1.03)
     return drawn
@@ -261,7 +221,7 @@ def _time_split(figure: Figure, history: RunHistory, config: TrainConfig) -> boo
     if not len(steps):
         return False
     axes = figure.subplots()
-    _label(axes, "Where the time goes", "seconds per step")
+    label_axes(axes, "Where the time goes", "seconds per step")
     size = math.ceil(len(steps) / _MAX_BARS)
     bottom = np.zeros(math.ceil(len(steps) / size))
     for stage, colour in _STAGE_COLOURS.items():
@@ -293,18 +253,18 @@ def _throughput(figure: Figure, history: RunHistory, config: TrainConfig) -> boo
     if not len(x):
         return False
     axes = figure.subplots()
-    _label(axes, "Throughput", "tokens per second")
-    _curve(axes, x, y, _COLOURS[5], "tokens per second")
+    label_axes(axes, "Throughput", "tokens per second")
+    _curve(axes, x, y, COLOURS[5], "tokens per second")
     axes.set_ylim(bottom=0)
     return True
 
 
 def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
-    _label(axes, "Engine against trainer", "|Δ log-prob| of sampled tokens")
+    label_axes(axes, "Engine against trainer", "|Δ log-prob| of sampled tokens")
     axes.set_yscale("log")  # before the curves: one that is flat would have no linear range
     drawn = False
-    for name, colour in (("max", "#94a3b8"), ("mean", _COLOURS[0])):
+    for name, colour in (("max", "#94a3b8"), ("mean", COLOURS[0])):
         x, y = history.series(f"rollout/logprob_diff_{name}")
         if len(x):
             # A logarithmic axis has no place for a mismatch of exactly 0.
@@ -315,7 +275,7 @@ def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes.yaxis.set_minor_formatter(NullFormatter())
     warn = config.rollout.warn_logprob_diff
     axes.axhline(
-        warn, color=_COLOURS[1], linewidth=1, linestyle=(0, (4, 3)), label=f"warning ({warn:g})"
+        warn, color=COLOURS[1], linewidth=1, linestyle=(0, (4, 3)), label=f"warning ({warn:g})"
     )
     _legend(axes)
     return drawn
@@ -326,13 +286,13 @@ def _gradient(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     if not len(x):
         return False
     left, right = figure.subplots(1, 2)
-    _label(left, "Gradient norm", "before clipping")
-    _curve(left, x, y, _COLOURS[2], "gradient norm")
+    label_axes(left, "Gradient norm", "before clipping")
+    _curve(left, x, y, COLOURS[2], "gradient norm")
     limit = config.optimizer.max_grad_norm
     if limit <= 2 * y.max():
-        left.axhline(limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="clipped above")
-    _label(right, "Learning rate", "")
-    _curve(right, *history.series("lr"), _COLOURS[3], "AdamW", _EXACT)
+        left.axhline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="clipped above")
+    label_axes(right, "Learning rate", "")
+    _curve(right, *history.series("lr"), COLOURS[3], "AdamW", _EXACT)
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axes in (left, right):
         axes.set_ylim(bottom=0)
@@ -345,7 +305,7 @@ def _evaluations(figure: Figure, history: RunHistory, config: TrainConfig) -> bo
     colours = _objective_colours(config)
     styles = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
     axes = figure.subplots()
-    _label(axes, "Held-out rewards", "mean reward, greedy")
+    label_axes(axes, "Held-out rewards", "mean reward, greedy")
     drawn = False
     for number, source in enumerate(s for s in config.data.sources if s.kind == "rl"):
         for name in source.rewards:

@@ -22,16 +22,14 @@ from recap_fast.prompts import (
     resolve_template,
 )
 from recap_fast.reward_functions import check_truth
-from recap_fast.sources import (
+from recap_fast.row_columns import (
     DataError,
-    image_folder,
-    open_rows,
-    permutation,
     read_column,
     read_question,
     read_target,
     without_column,
 )
+from recap_fast.sources import image_folder, open_rows, permutation
 from recap_fast.types import (
     MODEL_IMAGE_SIZES,
     ORIGINAL_IMAGE_SIZES,

@@ -20,15 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from recap_fast.config import SourceConfig
-from recap_fast.prompts import Message
-from recap_fast.types import UserError
+from recap_fast.row_columns import DataError, check_columns, check_row, column_of
 
 _FILE_ENDINGS = (".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
-class DataError(UserError):
-    """A source that cannot be used."""
 
 
 class Rows(Protocol):
@@ -83,7 +78,7 @@ def _open_scenes(config: SourceConfig, seed: int) -> Rows:
         held_out=config.held_out,
         seed=seed_of(seed, config.name),
     )
-    _check_row(rows[0], config, rows.where(0))
+    check_row(rows[0], config, rows.where(0))
     return rows
 
 
@@ -205,7 +200,7 @@ class _JsonlRows:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for start, number, line in self._scan():
             where = f"{path}:{number}"
-            _check_row(_parse_line(line, config, where), config, where)
+            check_row(_parse_line(line, config, where), config, where)
             self._starts.append(start)
             self._lines.append(number)
         if not self._starts:
@@ -258,7 +253,7 @@ class _TableRows:
 
     def __init__(self, config: SourceConfig, table: Any, name: str) -> None:
         self._name = name
-        _check_columns(table.column_names, config, name)
+        check_columns(table.column_names, config, name)
         if len(table) == 0:
             raise DataError(f"source {config.name!r}: {name}: no rows")
         if config.question in table.column_names:
@@ -270,12 +265,12 @@ class _TableRows:
                 )
         # Pictures and sounds that nobody asked for would be decoded with every row, and sent to
         # the reward workers.
-        wanted = None if config.images is None else _head(config.images, table.column_names)
+        wanted = None if config.images is None else column_of(config.images, table.column_names)
         unused = [c for c, feature in table.features.items() if c != wanted and _is_media(feature)]
         table = table.remove_columns(unused)
         # Read as it is stored: an image is then {"bytes", "path"}, and decoded where it is used.
         self._table = table if wanted is None else table.with_format("arrow")
-        _check_row(self[0], config, self.where(0))
+        check_row(self[0], config, self.where(0))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -307,7 +302,7 @@ class _ProceduralRows:
             )
         self._name = name
         self._dataset = self._create(config, DATASETS[name][1], seed_of(seed, config.name))
-        _check_row(self[0], config, self.where(0))
+        check_row(self[0], config, self.where(0))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -359,155 +354,6 @@ def _is_media(feature: Any) -> bool:
     )
 
 
-def _check_row(entry: Mapping[str, Any], config: SourceConfig, where: str) -> None:
-    _check_columns(list(entry), config, where)
-    read_question(entry, config, where)
-    if config.kind == "sft":
-        read_target(entry, config, where)
-
-
-def _check_columns(columns: Sequence[str], config: SourceConfig, where: str) -> None:
-    keys = [("question", column) for column in _question_columns(config)]
-    keys += [(key, getattr(config, key)) for key in ("answer", "choices", "images")]
-    for key, column in keys:
-        # Rewards look `choices` up by its name alone.
-        head = column if column is None or key == "choices" else _head(column, columns)
-        if head is not None and head not in columns:
-            raise DataError(
-                f"source {config.name!r}: {where}: no column {column!r} (`{key}` of the source); "
-                f"columns there: {', '.join(map(str, columns)) or 'none'}"
-            )
-
-
-def _question_columns(config: SourceConfig) -> list[str]:
-    return [config.question] if isinstance(config.question, str) else config.question
-
-
-def _head(path: str, columns: Sequence[str]) -> str:
-    """The column that a path begins with. One whose own name has dots in it comes first."""
-    return path if path in columns else path.partition(".")[0]
-
-
-def without_column(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A row without the column that a path leads into."""
-    head = _head(path, list(entry))
-    return {column: value for column, value in entry.items() if column != head}
-
-
-def read_column(entry: Mapping[str, Any], path: str, config: SourceConfig, where: str) -> Any:
-    """The value of a column, or of what a path with dots leads to inside of it: keys of mappings
-    and numbers of list items ("conversations.0.value").
-
-    Raises:
-        DataError: the path leads nowhere.
-    """
-    head = _head(path, list(entry))
-    value = entry[head]
-    for step in filter(None, path[len(head) :].split(".")):
-        if isinstance(value, Mapping) and step in value:
-            value = value[step]
-        elif isinstance(value, list | tuple) and step.isdigit() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            raise DataError(
-                f"source {config.name!r}: {where}: {path!r} leads nowhere: no {step!r} in "
-                f"{type(value).__name__} {_shorten(value)}"
-            )
-    return value
-
-
-def read_question(
-    entry: Mapping[str, Any], config: SourceConfig, where: str
-) -> str | list[Message]:
-    """The question: a text, or a conversation that ends with the user's turn. A source's `choices`
-    are written below it."""
-    columns = _question_columns(config)
-    if len(columns) == 1:
-        question = _one_question(entry, columns[0], config, where)
-    else:
-        question = _joined_question(entry, columns, config, where)
-    options = _options(entry, config, where)
-    if not options:
-        return question
-    if isinstance(question, str):
-        return question + options
-    last = question[-1]
-    return [*question[:-1], {**last, "content": last["content"] + options}]
-
-
-def _joined_question(
-    entry: Mapping[str, Any], columns: Sequence[str], config: SourceConfig, where: str
-) -> str:
-    texts = [read_column(entry, column, config, where) for column in columns]
-    for column, text in zip(columns, texts, strict=True):
-        if not isinstance(text, str | None):
-            raise DataError(
-                f"source {config.name!r}: {where}: column {column!r}: wanted a text, one of "
-                f"several that make the question, got {type(text).__name__} {_shorten(text)}"
-            )
-    question = "\n".join(text for text in texts if text and text.strip())
-    if not question:
-        raise DataError(
-            f"source {config.name!r}: {where}: no text in any of the columns {list(columns)}"
-        )
-    return question
-
-
-def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
-    """A line for each option, each beginning with a newline; nothing where a row has none."""
-    if config.choices is None:
-        return ""
-    options = entry[config.choices]
-    if options is None:
-        return ""
-    if not isinstance(options, list | tuple) or len(options) > 26:
-        raise DataError(
-            f"source {config.name!r}: {where}: column {config.choices!r} (`choices` of the source):"
-            f" wanted a list of up to 26 options, got {type(options).__name__} {_shorten(options)}"
-        )
-    return "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
-
-
-def _one_question(
-    entry: Mapping[str, Any], column: str, config: SourceConfig, where: str
-) -> str | list[Message]:
-    question = read_column(entry, column, config, where)
-    if isinstance(question, str) and question.strip():
-        return question
-    if isinstance(question, list) and question and all(map(_is_message, question)):
-        if question[-1]["role"] == "user":
-            return question
-        got = f"a conversation whose last turn is the {question[-1]['role']}'s, not the user's"
-    else:
-        got = f"{type(question).__name__} {_shorten(question)}"
-    raise DataError(
-        f"source {config.name!r}: {where}: column {column!r}: wanted a text or a list of "
-        f'{{"role": ..., "content": text}} messages, got {got}'
-    )
-
-
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-    )
-
-
-def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
-    """The target text of a supervised row; numbers are written out."""
-    assert config.answer is not None
-    answer = read_column(entry, config.answer, config, where)
-    if isinstance(answer, str):
-        return answer
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        return str(answer)
-    raise DataError(
-        f"source {config.name!r}: {where}: column {config.answer!r}: wanted a text or a number, "
-        f"got {type(answer).__name__} {_shorten(answer)}"
-    )
-
-
 def seed_of(*parts: Any) -> int:
     """A 32-bit seed that depends on all parts and on nothing else (`hash` differs by process)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
@@ -532,8 +378,3 @@ def nearest(word: str, valid: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

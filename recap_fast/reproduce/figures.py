@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from recap_fast.plots import _COLOURS, _DPI, _MUTED, _STYLE, Plot, _label, moving_average
+from recap_fast.plot_style import COLOURS, DPI, MUTED, STYLE, label_axes
+from recap_fast.plots import Plot, moving_average
 from recap_fast.reproduce.experiment import COMPARED
 from recap_fast.reproduce.results import ABILITIES, MethodRuns
 
@@ -36,9 +37,9 @@ def draw_figures(runs: Runs, folder: Path) -> list[Plot]:
     folder.mkdir(parents=True, exist_ok=True)
     runs = [method for method in runs if method.name in COMPARED]
     plots = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, caption, draw in _FIGURES:
-            figure = Figure(dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+            figure = Figure(dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
             if draw(figure, runs):
                 path = folder / f"{name}.png"
                 figure.savefig(path)
@@ -86,7 +87,7 @@ def _line(
 
 def _objective_colours(method: MethodRuns) -> dict[str, str]:
     names = [objective.name for objective in method.config.objectives]
-    return dict(zip(names, _COLOURS, strict=False))
+    return dict(zip(names, COLOURS, strict=False))
 
 
 def _forgetting(figure: Figure, runs: Runs) -> bool:
@@ -98,9 +99,9 @@ def _forgetting(figure: Figure, runs: Runs) -> bool:
             [change.mean() for change in changes],
             yerr=[change.std(ddof=1) if len(change) > 1 else 0.0 for change in changes],
             color=[_METHOD_COLOURS[method.name] for method in runs],
-            error_kw={"ecolor": _MUTED, "elinewidth": 1},
+            error_kw={"ecolor": MUTED, "elinewidth": 1},
         )
-        axes.axhline(0, color=_MUTED, linewidth=1)
+        axes.axhline(0, color=MUTED, linewidth=1)
         axes.set_title(score.label)
         axes.set_ylabel("after minus before")
         axes.grid(visible=False, axis="x")
@@ -122,13 +123,13 @@ def _signals(figure: Figure, runs: Runs) -> bool:
         ("Instability", "i", ("instability",)),
     )
     for axes, (title, unit, prefixes) in zip(panels, titles, strict=True):
-        _label(axes, title, unit)
+        label_axes(axes, title, unit)
         for objective in recap.config.objectives:
             prefix = prefixes[0] if len(prefixes) == 1 else objective.kind
             colour = _objective_colours(recap)[objective.name]
             window = _SMOOTHING if len(prefixes) > 1 else 1
             _line(axes, recap, f"{prefix}/{objective.name}", colour, objective.name, window)
-    panels[1].axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    panels[1].axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _legend_below(figure, panels[0])
     return True
 
@@ -141,7 +142,7 @@ def _training_curves(figure: Figure, runs: Runs) -> bool:
     objectives = compared[0].config.objectives
     panels = _panels(figure, len(objectives))
     for axes, objective in zip(panels, objectives, strict=True):
-        _label(axes, objective.name, objective.kind)
+        label_axes(axes, objective.name, objective.kind)
         for method in compared:
             key = f"{objective.kind}/{objective.name}"
             _line(axes, method, key, _METHOD_COLOURS[method.name], method.label, _SMOOTHING)
@@ -153,7 +154,7 @@ def _ability_curves(figure: Figure, runs: Runs) -> bool:
     """Held-out abilities over the steps, every method."""
     panels = _panels(figure, len(ABILITIES))
     for axes, score in zip(panels, ABILITIES.values(), strict=True):
-        _label(axes, score.label, "held out, greedy")
+        label_axes(axes, score.label, "held out, greedy")
         for method in runs:
             _line(axes, method, score.key, _METHOD_COLOURS[method.name], method.label)
     _legend_below(figure, panels[0])
@@ -163,8 +164,8 @@ def _ability_curves(figure: Figure, runs: Runs) -> bool:
 def _losses(figure: Figure, runs: Runs) -> bool:
     """The replayed loss over time, and how unsteady the reasoning reward is, every method."""
     left, right = _panels(figure, 2)
-    _label(left, "Replayed loss (ntp)", "nats per token")
-    _label(right, "Unsteadiness of accuracy", "σ / (μ + μ~)")
+    label_axes(left, "Replayed loss (ntp)", "nats per token")
+    label_axes(right, "Unsteadiness of accuracy", "σ / (μ + μ~)")
     for method in runs:
         colour = _METHOD_COLOURS[method.name]
         _line(left, method, "loss/ntp", colour, method.label, _SMOOTHING)
@@ -211,8 +212,8 @@ def _baseline_weights(figure: Figure, runs: Runs) -> bool:
 
 def _draw_shares(axes: Axes, method: MethodRuns, title: str) -> None:
     names = [objective.name for objective in method.config.objectives]
-    _label(axes, title, "λ / K")
-    axes.axhline(1 / len(names), color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    label_axes(axes, title, "λ / K")
+    axes.axhline(1 / len(names), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for name, colour in _objective_colours(method).items():
         steps, values = method.curve(f"weight/{name}")
         axes.plot(steps, values.mean(0) / len(names), color=colour, label=name, linewidth=1.6)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recap_fast.metrics import describe_machine
-from recap_fast.plots import _COLOURS, _MUTED, _STYLE
+from recap_fast.plot_style import COLOURS, MUTED, STYLE
 from recap_fast.reproduce.signals import (
     CASES,
     FORMAT_LEARNT,
@@ -128,12 +128,12 @@ def draw_curves(values: np.ndarray, path: Path) -> None:
         ("Instability i", found.instabilities[0]),
         ("Share of the weight, λ/K", found.weights[0] / len(OBJECTIVES)),
     )
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 5.6), dpi=90, layout="constrained")
         for axes, (title, series) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             axes.set_title(title)
             for k, name in enumerate(OBJECTIVES):
-                axes.plot(series[:, k], color=_COLOURS[k], linewidth=1.1, label=name, alpha=0.9)
+                axes.plot(series[:, k], color=COLOURS[k], linewidth=1.1, label=name, alpha=0.9)
             axes.set_xlabel("step")
         _mark_paper(axes, vertical=True)
         handles, labels = axes.get_legend_handles_labels()
@@ -144,12 +144,12 @@ def draw_curves(values: np.ndarray, path: Path) -> None:
 def draw_readings(rows: Rows, path: Path) -> None:
     """The range of shares of each reading, over the run and settled, with the paper's range."""
     names = list(rows)[::-1]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.4), dpi=90, layout="constrained")
         axes = figure.subplots()
         for y, name in enumerate(names):
             row = rows[name]
-            colour = _COLOURS[2] if row["figure_11"] else _COLOURS[7]
+            colour = COLOURS[2] if row["figure_11"] else COLOURS[7]
             whole = (row["lowest_share"], row["highest_share"])
             settled = (row["settled_low"], row["settled_high"])
             axes.plot(whole, (y, y), color=colour, linewidth=2)
@@ -163,6 +163,6 @@ def draw_readings(rows: Rows, path: Path) -> None:
 
 def _mark_paper(axes: Axes, *, vertical: bool) -> None:
     span = axes.axhspan if vertical else axes.axvspan
-    span(*PAPER_RANGE, color=_MUTED, alpha=0.15, zorder=0, linewidth=0)
+    span(*PAPER_RANGE, color=MUTED, alpha=0.15, zorder=0, linewidth=0)
     if vertical:
-        axes.axvline(FORMAT_LEARNT, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(FORMAT_LEARNT, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))

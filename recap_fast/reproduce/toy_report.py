@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recap_fast.metrics import describe_machine
-from recap_fast.plots import _COLOURS, _INK, _MUTED, _STYLE
+from recap_fast.plot_style import COLOURS, INK, MUTED, STYLE
 from recap_fast.reproduce.toy import (
     FAMILIES,
     NEAR,
@@ -254,7 +254,7 @@ def draw_family(
     blocks = math.ceil(len(family) / _COLUMNS)
     columns = min(len(family), _COLUMNS)
     losses = runs.losses()
-    with mpl.rc_context({**_STYLE, "axes.grid": False, "font.size": 8, "axes.titlesize": 9}):
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 8, "axes.titlesize": 9}):
         figure = Figure(figsize=(2.15 * columns + 0.5, 4.3 * blocks), dpi=80, layout="constrained")
         grid = figure.subplots(2 * blocks, columns, squeeze=False)
         for number in range(len(family), blocks * columns):
@@ -286,17 +286,17 @@ def _draw_positions(axes: Axes, positions: np.ndarray, printing: str) -> None:
 
 def _draw_losses(axes: Axes, losses: np.ndarray, front: np.ndarray) -> None:
     """`losses` [G, starts, seeds, 2] and the front [F, 2]."""
-    axes.plot(front[:, 0], front[:, 1], color=_INK, linewidth=3, alpha=0.35, zorder=1)
+    axes.plot(front[:, 0], front[:, 1], color=INK, linewidth=3, alpha=0.35, zorder=1)
     _draw_paths(axes, losses)
     axes.set(xlim=(-21, 11), ylim=(-21, 11), xlabel="L1", xticks=(-20, -10, 0, 10))
     axes.set_yticks((-20, -10, 0, 10))
 
 
 def _draw_paths(axes: Axes, paths: np.ndarray) -> None:
-    for start, colour in zip(range(len(STARTS)), _COLOURS, strict=False):
+    for start, colour in zip(range(len(STARTS)), COLOURS, strict=False):
         path = paths[:, start, 0]
         axes.plot(path[:, 0], path[:, 1], color=colour, linewidth=1, zorder=2)
         axes.plot(*path[0], marker="o", color="white", markeredgecolor=colour, markersize=4)
         ends = paths[-1, start]
         axes.scatter(ends[:, 0], ends[:, 1], s=9, color=colour, edgecolors="none", zorder=3)
-    axes.tick_params(labelcolor=_MUTED)
+    axes.tick_params(labelcolor=MUTED)
