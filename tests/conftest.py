@@ -14,12 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """Lets Triton kernels run in its interpreter, on CPU tensors, unless a GPU is to be tested.
 
-    The choice must be made before the first import, and holds for the whole process.
+    The choice must be made before the first import, and holds for the whole process. At
+    `pytest_configure` it is too late: the conftests of inner folders may have imported Triton.
     """
-    if config.option.markexpr != "gpu":
+    options = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if options.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
