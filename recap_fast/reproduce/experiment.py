@@ -59,6 +59,7 @@ _FURTHER: dict[str, Method] = {
     "uniform-2": Method("Uniform, 2 x steps", length=2.0),
     "recap-c": Method("RECAP, c alone", reweighter="recap", parameters={"alpha": 1.0}),
     "recap-i": Method("RECAP, i alone", reweighter="recap", parameters={"alpha": 0.0}),
+    "recap-w4": Method("RECAP, W = 4", reweighter="recap", parameters={"window": 4}),
     "recap-t1": Method("RECAP, T = 1", reweighter="recap", parameters={"temperature": 1.0}),
     # In the objectives' order: accuracy, thinking format, IoU, answer format, next-token loss.
     "iou-3": Method("IoU x 3", reweighter="static", parameters={"weights": [1, 1, 3, 1, 1]}),
