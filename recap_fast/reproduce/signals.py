@@ -43,8 +43,11 @@ class Reading:
     """One way to read the paper: what enters the windows, and the softmax of their figures."""
 
     name: str
+    instability_scale: float = 1.0
+    """What the reading's i is, in ours."""
     rate_factor: float = 1.0
     instability_factor: float = 1.0
+    """The priority is rate_factor c + instability_factor i."""
     temperature: float = 5.0
     separate: bool = False  # the mean of a softmax of the rates and one of the instabilities
     signals: tuple[str, ...] = SIGNALS
@@ -55,13 +58,13 @@ class Reading:
         read = values.copy()
         read[..., :-1] = self.transform(values[..., :-1])
         found = trace(read, self.signals)
-        rates = self.rate_factor * found.rates
-        instabilities = self.instability_factor * found.instabilities
-        priorities = (rates, instabilities) if self.separate else (rates + instabilities,)
+        instabilities = self.instability_scale * found.instabilities
+        terms = self.rate_factor * found.rates, self.instability_factor * instabilities
+        priorities = terms if self.separate else (sum(terms),)
         scaled = torch.tensor(np.stack(priorities)) / self.temperature
         weights = values.shape[-1] * torch.softmax(scaled, -1).mean(0).numpy()
         weights[np.isnan(weights)] = 1.0  # not ready yet
-        return Trace(found.rates, found.instabilities, weights)
+        return Trace(found.rates, instabilities, weights)
 
 
 def hybrid_curves(seeds: int = SEEDS, steps: int = STEPS) -> np.ndarray:
@@ -118,16 +121,16 @@ READINGS = (
     Reading("mean reward, c = mu/mu~ (signal reward)"),
     Reading("the same, alpha = 0.5", rate_factor=0.5, instability_factor=0.5),
     Reading("the same, T = 1", temperature=1.0),
-    Reading("the same, i times W", instability_factor=10.0),
-    Reading("the same, sigma over sums of the windows", instability_factor=0.1),
-    Reading("the same, sigma not divided by 2W - 1", instability_factor=19**0.5),
+    Reading("the same, i times W", instability_scale=10.0),
+    Reading("the same, sigma over sums of the windows", instability_scale=0.1),
+    Reading("the same, sigma not divided by 2W - 1", instability_scale=19**0.5),
     Reading("the same, c alone", instability_factor=0.0),
     Reading("the same, i alone", rate_factor=0.0),
     Reading("mean reward as a loss, c = mu~/mu", signals=_AS_LOSSES),
     # github.com/VietHoang1512/recap in its steps with rewards: sigma / mean, of all 2W values.
     Reading(
         "the authors' code, mu~/mu",
-        instability_factor=2 * (19 / 20) ** 0.5,
+        instability_scale=2 * (19 / 20) ** 0.5,
         separate=True,
         signals=_AS_LOSSES,
     ),

@@ -94,11 +94,16 @@ def test_averages_ignore_absent_objectives_and_warm_up() -> None:
 
 def test_the_reward_signal_gives_both_figures(values) -> None:
     fits = {one.name: signals.describe_reading(one.trace(values)) for one in signals.READINGS}
-    first = signals.READINGS[0].name
-    assert fits[first]["figure_4"]
-    assert fits[first]["figure_11"]
-    for name in ("deficit 1 - reward as a loss", "mean reward as a loss, c = mu~/mu"):
-        assert not fits[name]["figure_4"]
+    ours = signals.READINGS[0].name
+    both = {name for name, fit in fits.items() if fit["figure_4"] and fit["figure_11"]}
+    assert both == {ours, "the same, c alone"}
+    # These have our c and i, and weigh them otherwise.
+    only_4 = {name for name, fit in fits.items() if fit["figure_4"]} - both
+    assert only_4 == {"the same, alpha = 0.5", "the same, T = 1", "the same, i alone"}
+    # Their own i, not ours.
+    assert fits["the same, i times W"]["accuracy_instability"] == pytest.approx(
+        10 * fits[ours]["accuracy_instability"]
+    )
 
 
 def test_weights_do_not_depend_on_units_but_on_the_zero(values) -> None:
