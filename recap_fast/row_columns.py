@@ -17,6 +17,15 @@ class DataError(UserError):
     """A source that cannot be used."""
 
 
+class RowError(DataError):
+    """A row that cannot be used. Of a file it ends the run before it begins; of what is read later
+    it is skipped and counted."""
+
+    def __init__(self, config: SourceConfig, where: str, problem: str) -> None:
+        super().__init__(f"source {config.name!r}: {where}: {problem}")
+        self.problem = problem
+
+
 def check_row(entry: Mapping[str, Any], config: SourceConfig, where: str) -> None:
     """Raises `DataError` where a row lacks what its source says that it has."""
     check_columns(list(entry), config, where)
@@ -69,9 +78,10 @@ def read_column(entry: Mapping[str, Any], path: str, config: SourceConfig, where
         elif isinstance(value, list | tuple) and step.isdigit() and int(step) < len(value):
             value = value[int(step)]
         else:
-            raise DataError(
-                f"source {config.name!r}: {where}: {path!r} leads nowhere: no {step!r} in "
-                f"{type(value).__name__} {_shorten(value)}"
+            raise RowError(
+                config,
+                where,
+                f"{path!r} leads nowhere: no {step!r} in {type(value).__name__} {_shorten(value)}",
             )
     return value
 
@@ -101,15 +111,15 @@ def _joined_question(
     texts = [read_column(entry, column, config, where) for column in columns]
     for column, text in zip(columns, texts, strict=True):
         if not isinstance(text, str | None):
-            raise DataError(
-                f"source {config.name!r}: {where}: column {column!r}: wanted a text, one of "
-                f"several that make the question, got {type(text).__name__} {_shorten(text)}"
+            raise RowError(
+                config,
+                where,
+                f"column {column!r}: wanted a text, one of "
+                f"several that make the question, got {type(text).__name__} {_shorten(text)}",
             )
     question = "\n".join(text for text in texts if text and text.strip())
     if not question:
-        raise DataError(
-            f"source {config.name!r}: {where}: no text in any of the columns {list(columns)}"
-        )
+        raise RowError(config, where, f"no text in any of the columns {list(columns)}")
     return question
 
 
@@ -121,9 +131,11 @@ def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
     if options is None:
         return ""
     if not isinstance(options, list | tuple) or len(options) > 26:
-        raise DataError(
-            f"source {config.name!r}: {where}: column {config.choices!r} (`choices` of the source):"
-            f" wanted a list of up to 26 options, got {type(options).__name__} {_shorten(options)}"
+        raise RowError(
+            config,
+            where,
+            f"column {config.choices!r} (`choices` of the source):"
+            f" wanted a list of up to 26 options, got {type(options).__name__} {_shorten(options)}",
         )
     return "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
 
@@ -140,9 +152,11 @@ def _one_question(
         got = f"a conversation whose last turn is the {question[-1]['role']}'s, not the user's"
     else:
         got = f"{type(question).__name__} {_shorten(question)}"
-    raise DataError(
-        f"source {config.name!r}: {where}: column {column!r}: wanted a text or a list of "
-        f'{{"role": ..., "content": text}} messages, got {got}'
+    raise RowError(
+        config,
+        where,
+        f"column {column!r}: wanted a text or a list of "
+        f'{{"role": ..., "content": text}} messages, got {got}',
     )
 
 
@@ -162,9 +176,11 @@ def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> s
         return answer
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return str(answer)
-    raise DataError(
-        f"source {config.name!r}: {where}: column {config.answer!r}: wanted a text or a number, "
-        f"got {type(answer).__name__} {_shorten(answer)}"
+    raise RowError(
+        config,
+        where,
+        f"column {config.answer!r}: wanted a text or a number, "
+        f"got {type(answer).__name__} {_shorten(answer)}",
     )
 
 

@@ -24,6 +24,7 @@ from recap_fast.prompts import (
 from recap_fast.reward_functions import check_truth
 from recap_fast.row_columns import (
     DataError,
+    RowError,
     read_column,
     read_question,
     read_target,
@@ -186,6 +187,7 @@ class SourceStream:
                 continue
             built = self._build(entry, row)
             if built is not None:
+                assert key is not None
                 numbers[row] = None
                 questions.add(key)
                 if self.config.images is None:
@@ -199,18 +201,20 @@ class SourceStream:
         return numbers, questions
 
     def _is_excluded(self, entry: Mapping[str, Any], row: int) -> bool:
-        # The text first: reading and hashing images only where the text is the same.
-        return (
-            _question_text(self._question(entry, row)) in self._excluded_texts
-            and self._key(entry, row) in self._excluded
-        )
-
-    def _key(self, entry: Mapping[str, Any], row: int) -> _Key:
-        text = _question_text(self._question(entry, row))
         try:
+            text = _question_text(self._question(entry, row))
+        except RowError:
+            return False  # skipped when it is built
+        # The text first: reading and hashing images only where the text is the same.
+        return text in self._excluded_texts and self._key(entry, row) in self._excluded
+
+    def _key(self, entry: Mapping[str, Any], row: int) -> _Key | None:
+        """None for a row that cannot be read, and is skipped when it is built."""
+        try:
+            text = _question_text(self._question(entry, row))
             raw = [read_image(cell, self._image_folder) for cell in self._cells(entry, row)]
-        except BadImage:
-            return text, "unreadable"  # skipped when it is built
+        except (BadImage, RowError):
+            return None
         return text, digest(raw) if raw else ""
 
     def _next_row(self) -> int:
@@ -225,26 +229,25 @@ class SourceStream:
     def _build(self, entry: Mapping[str, Any], row: int) -> Prompt | SupervisedRow | None:
         """Templates and tokenises a row; None, and counted, if it must be skipped."""
         self._looked_at += 1
-        messages = self._messages(self._question(entry, row))
-        text = messages[-1]["content"]
-        if not self._may_be_rendered(messages, entry, row):
-            return None
         try:
+            messages = self._messages(self._question(entry, row))
+            text = messages[-1]["content"]
+            if not self._may_be_rendered(messages, entry, row):
+                return None
             images = self._images(entry, row)
-        except BadImage as error:
-            self._skip(error.reason, row, str(error))
-            return None
-        messages = place_images(messages, len(images.inputs))
-        try:
+            messages = place_images(messages, len(images.inputs))
             if self.config.kind == "rl":
                 return self._build_prompt(entry, row, messages, text, images)
             return self._build_supervised(entry, row, messages, images)
+        except BadImage as error:
+            self._skip(error.reason, row, str(error))
+        except RowError as error:
+            self._skip("bad_cell", row, error.problem)
         except DataError:
-            raise
-        except ValueError as error:  # the renderer's: it knows nothing of sources
-            raise DataError(
-                f"source {self.config.name!r}: {self._rows.where(row)}: {error}"
-            ) from error
+            raise  # too many were skipped
+        except (ValueError, TypeError) as error:  # of the chat template, or of the tokenizer
+            self._skip("cannot_be_rendered", row, str(error))
+        return None
 
     def _may_be_rendered(
         self, messages: Sequence[Message], entry: Mapping[str, Any], row: int
@@ -285,7 +288,7 @@ class SourceStream:
         for spec in self._reward_specs if self.config.answer is not None else ():
             try:
                 check_truth(spec.function, spec.parameters, answer, entry)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, ArithmeticError) as error:
                 self._skip("bad_answer", row, f"reward {spec.function!r}: {error}")
                 return None
         return Prompt(self.config.name, row, token_ids, text, answer, entry, images.inputs)

@@ -20,9 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from recap_fast.config import SourceConfig
-from recap_fast.row_columns import DataError, check_columns, check_row, column_of
+from recap_fast.row_columns import DataError, RowError, check_columns, check_row, column_of
 
 _FILE_ENDINGS = (".jsonl", ".parquet")
+_FIRST_ROWS = 20
+"""Of a table: if none of them can be used, the mapping of its columns is wrong."""
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -241,6 +243,8 @@ def _parse_line(line: bytes, config: SourceConfig, where: str) -> dict[str, Any]
         raise DataError(
             f"source {config.name!r}: {where}: not valid JSON: {error.msg} at column {error.colno}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, to read
+        raise DataError(f"source {config.name!r}: {where}: cannot be read: {error}") from None
     if not isinstance(entry, dict):
         raise DataError(
             f"source {config.name!r}: {where}: wanted a JSON object, got {type(entry).__name__}"
@@ -256,13 +260,6 @@ class _TableRows:
         check_columns(table.column_names, config, name)
         if len(table) == 0:
             raise DataError(f"source {config.name!r}: {name}: no rows")
-        if config.question in table.column_names:
-            nulls = table.data.column(config.question).null_count
-            if nulls:
-                raise DataError(
-                    f"source {config.name!r}: {name}: column {config.question!r} is null in "
-                    f"{nulls} of {len(table)} rows"
-                )
         # Pictures and sounds that nobody asked for would be decoded with every row, and sent to
         # the reward workers.
         wanted = None if config.images is None else column_of(config.images, table.column_names)
@@ -270,7 +267,7 @@ class _TableRows:
         table = table.remove_columns(unused)
         # Read as it is stored: an image is then {"bytes", "path"}, and decoded where it is used.
         self._table = table if wanted is None else table.with_format("arrow")
-        check_row(self[0], config, self.where(0))
+        self._check_first_rows(config)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -284,6 +281,18 @@ class _TableRows:
 
     def where(self, row: int) -> str:
         return f"{self._name}: row {row}"
+
+    def _check_first_rows(self, config: SourceConfig) -> None:
+        """One bad row is skipped when its turn comes; a wrong mapping of columns spoils all."""
+        errors = []
+        for row in range(min(_FIRST_ROWS, len(self))):
+            try:
+                check_row(self[row], config, self.where(row))
+            except RowError as error:
+                errors.append(error)
+            else:
+                return
+        raise errors[0]
 
 
 class _ProceduralRows:

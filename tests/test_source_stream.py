@@ -332,6 +332,7 @@ def test_bad_rows_are_skipped_counted_and_named_once(folder, caplog):
         (None, "must be a box"),
         ([0.1, 0.2, 0.5, 0.6], "smaller than a pixel"),
         ([100, 100, 900, 900], "not inside its image"),
+        ([1, 2, 3, 10**401], "too large"),
     ],
 )
 def test_rows_with_a_useless_box_are_skipped(folder, caplog, box, reason):
@@ -345,6 +346,57 @@ def test_rows_with_a_useless_box_are_skipped(folder, caplog, box, reason):
     (message,) = [record.getMessage() for record in caplog.records]
     assert "rows.jsonl:2" in message
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ({"question": None}, "wanted a text"),
+        ({"question": "  "}, "wanted a text"),
+        ({"turns": [{"value": "q"}]}, "'turns.1.value' leads nowhere"),
+        ({"turns": [{"value": "q"}, {"value": None}]}, "wanted a text or a number, got NoneType"),
+        ({"images": []}, "'images.0' leads nowhere"),
+        ({"choices": [str(n) for n in range(27)]}, "up to 26 options"),
+    ],
+)
+def test_bad_cells_of_a_table_are_skipped_and_counted(tmp_path, caplog, bad, problem):
+    good = {
+        "question": "q", "turns": [{"value": "q"}, {"value": "a"}], "images": ["x.png"],
+        "choices": ["yes", "no"],
+    }  # fmt: skip
+    picture(28, 28).save(tmp_path / "x.png")
+    rows = [good | {"question": f"q{n}"} for n in range(6)]
+    rows[3] |= bad
+    path = write_table(tmp_path, rows)
+    keys = {"images": "images.0", "answer": "turns.1.value", "choices": "choices"}
+    data = stream(source(path, "sft", **keys), batch_size=1)
+    assert sorted(data.next_step().supervised[0].row for _ in range(5)) == [0, 1, 2, 4, 5]
+    data.next_step()  # of the second epoch: all of the first has been seen
+    assert data.skipped["s/bad_cell"] >= 1
+    assert set(data.skipped) == {"s/bad_cell"}
+    assert "rows.parquet: row 3" in caplog.text
+    assert problem in caplog.text
+
+
+def test_a_wrong_mapping_of_a_table_is_refused(tmp_path):
+    path = write_table(tmp_path, [{"question": "q", "turns": ["q"]} for _ in range(30)])
+    with pytest.raises(DataError, match=r"row 0: 'turns\.1' leads nowhere"):
+        stream(source(path, "sft", images=None, answer="turns.1"))
+
+
+def test_text_that_no_tokenizer_takes_is_skipped(tmp_path):
+    rows = [{"question": "q\ud800", "answer": "a"}, {"question": "r", "answer": "a"}]
+    data = stream(source(write_rows(tmp_path, rows), "sft", images=None), batch_size=1)
+    assert [data.next_step().supervised[0].row for _ in range(3)] == [1, 1, 1]
+    assert set(data.skipped) == {"s/cannot_be_rendered"}
+
+
+@pytest.mark.parametrize("cell", ["9" * 5000, "[" * 100_000])
+def test_json_that_cannot_be_read_names_its_line(tmp_path, cell):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": ' + cell + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: "):
+        stream(source(path, "sft", images=None))
 
 
 def test_skipped_counts_survive_a_resumption(folder):
