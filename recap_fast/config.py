@@ -117,7 +117,29 @@ class SourceConfig(_Model):
             raise ValueError("an sft source needs the column of its target text in `answer`")
         if self.images is None and (self.image_folder or self.max_image_side):
             raise ValueError("image_folder and max_image_side have no use without `images`")
+        self._check_keys_of_kind()
         return self
+
+    def _check_keys_of_kind(self) -> None:
+        """Refuses keys that another kind of source has."""
+        used = next(
+            key
+            for key in ("path", "reasoning_gym", "digit_scenes")
+            if getattr(self, key) is not None
+        )
+        kinds = {
+            "subset": ["path"],
+            "split": ["path"],
+            "max_rows": ["path"],
+            "image_folder": ["path"],
+            "parameters": ["reasoning_gym"],
+            "size": ["reasoning_gym", "digit_scenes"],
+        }
+        for key, allowed in kinds.items():
+            if used not in allowed and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for sources with {' or '.join(allowed)}, not {used}")
+        if used == "digit_scenes" and self.images != "image":
+            raise ValueError("digit_scenes needs `images: image`, the column of its images")
 
     @property
     def reward_specs(self) -> dict[str, RewardSpec]:

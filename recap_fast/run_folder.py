@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
 from pathlib import Path
+from typing import IO
 
 from recap_fast.checkpoint import CheckpointError, latest_checkpoint
 from recap_fast.config import ConfigError, TrainConfig, load_config
@@ -47,6 +49,24 @@ def prepare_folder(
     except OSError as error:
         raise ConfigError(f"run: {run_dir} cannot be made a folder: {error.strerror}") from None
     return None
+
+
+def lock_folder(run_dir: Path) -> IO[bytes]:
+    """Keeps other processes from training in a folder until the returned file is closed, or this
+    process ends, however it ends.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    file = (run_dir / ".lock").open("wb")  # stays: removing it would let two processes lock two
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"run: another process is training in {run_dir}") from None
+    except OSError as error:  # some network file systems
+        logger.warning("%s cannot be locked (%s): start no second run in it", run_dir, error)
+    return file
 
 
 def clear_folder(run_dir: Path) -> None:

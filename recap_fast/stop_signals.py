@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM and Ctrl-C without losing what was done."""
+"""Stopping on SIGTERM, Ctrl-C or a lost terminal without losing what was done."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def collect_stop_signals(answer: str) -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in the list that it gives, instead of dying of them.
+    """Collects SIGTERM, SIGINT and SIGHUP in the list that it gives, instead of dying of them.
 
-    A second SIGINT interrupts.
+    A second SIGINT interrupts. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
 
     Args:
         answer: what the caller does about the first one; it is logged.
@@ -28,7 +28,9 @@ def collect_stop_signals(answer: str) -> Iterator[list[int]]:
         received.append(number)
         logger.warning("%s: %s", signal.Signals(number).name, answer)
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield received
     finally:

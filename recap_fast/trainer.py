@@ -38,7 +38,7 @@ from recap_fast.rewards import RewardScorer
 from recap_fast.reweighting import Reweighter, make_reweighter
 from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights, make_engine
-from recap_fast.run_folder import clear_folder, prepare_folder
+from recap_fast.run_folder import clear_folder, lock_folder, prepare_folder
 from recap_fast.step_metrics import column_deviations, column_means, device_metrics, host_metrics
 from recap_fast.stop_signals import collect_stop_signals
 from recap_fast.types import (
@@ -78,6 +78,7 @@ class Trainer:
         self.run_dir = Path(config.run)
         self._checkpoints = self.run_dir / "checkpoints"
         checkpoint = prepare_folder(config, self.run_dir, resume, overwrite)
+        self._lock = lock_folder(self.run_dir)
         state = load_state(checkpoint) if checkpoint else None
         self.step = state.step if state else 0
         self._names = [objective.name for objective in config.objectives]
@@ -332,6 +333,7 @@ class Trainer:
         self.metrics.close()
         self.scorer.close()
         self.engine.close()
+        self._lock.close()
 
 
 def _build_reweighter(config: TrainConfig, device: torch.device) -> Reweighter:

@@ -54,8 +54,8 @@ def with_rows(tmp_path, content: str | bytes, name: str = "rows.jsonl") -> str:
 
 
 def use_file(path: str) -> list[str]:
-    return ["--set", "data.sources.0.reasoning_gym=null", "--set",
-            "data.sources.0.parameters={}", "--set", f"data.sources.0.path={path}"]  # fmt: skip
+    values = ("reasoning_gym=null", "parameters={}", "size=10000", f"path={path}")
+    return [word for value in values for word in ("--set", f"data.sources.0.{value}")]
 
 
 @pytest.mark.parametrize(

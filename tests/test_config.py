@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
+from recap_fast.config import ConfigError, SourceConfig, TrainConfig, load_config, save_config
 from tests.tiny import tiny_settings
 
 
@@ -138,11 +138,30 @@ def test_missing_file(tmp_path):
 def test_local_files_are_kept_as_absolute_paths(path, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    cleared = ["data.sources.0.reasoning_gym=null", "data.sources.0.parameters={}"]
+    cleared = [
+        "data.sources.0.reasoning_gym=null",
+        "data.sources.0.parameters={}",
+        "data.sources.0.size=10000",
+    ]
     config = load_config(path, [*cleared, "data.sources.0.path=rows.jsonl"])
     assert config.data.sources[0].path == str(tmp_path / "rows.jsonl")
     hub = load_config(path, [*cleared, "data.sources.0.path=someone/dataset"])
     assert hub.data.sources[0].path == "someone/dataset"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"digit_scenes": "range", "images": "image", "split": "test"}, "split is for sources wi"),
+        ({"digit_scenes": "range", "images": "image", "parameters": {"a": 1}}, "parameters is for"),
+        ({"digit_scenes": "range"}, "needs `images: image`"),
+        ({"reasoning_gym": "chain_sum", "max_rows": 9}, "max_rows is for sources with path, not"),
+        ({"path": "a/b", "size": 9}, "size is for sources with reasoning_gym or digit_scenes, not"),
+    ],
+)
+def test_keys_of_another_kind_of_source_are_refused(source, expected):
+    with pytest.raises(ValueError, match=expected):
+        SourceConfig.model_validate({"name": "s", "kind": "sft", **source})
 
 
 def write(folder, **files):
@@ -202,8 +221,10 @@ def test_extending_badly(tmp_path):
 
 def test_keys_of_images(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    table = ["reasoning_gym=null", "parameters={}", "size=10000", "path=owner/name"]
     config = load_config(
-        path, ["data.sources.0.images=image", "data.sources.0.image_folder=pictures",
+        path, [*(f"data.sources.0.{override}" for override in table),
+               "data.sources.0.images=image", "data.sources.0.image_folder=pictures",
                "data.sources.0.max_image_side=512", "data.max_image_pixels=401408"],
     )  # fmt: skip
     assert config.data.sources[0].image_folder == str(tmp_path / "pictures")

@@ -18,6 +18,7 @@ from recap_fast.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.config import ConfigError, load_config
 from recap_fast.metrics import read_metrics
 from recap_fast.model import ModelError
+from recap_fast.run_folder import lock_folder
 from recap_fast.trainer import Trainer
 from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
@@ -123,6 +124,7 @@ _KILLED = """
 import os, sys
 from recap_fast.config import load_config
 from recap_fast.model import ModelError
+from recap_fast.run_folder import lock_folder
 from recap_fast.trainer import Trainer
 from recap_fast.types import UserError
 trainer = Trainer(load_config(sys.argv[1]))
@@ -187,6 +189,15 @@ def test_more_steps_continue_a_finished_run(tmp_path, model):
 def test_folder_of_another_run_is_not_overwritten(finished):
     with pytest.raises(ConfigError, match="--overwrite"):
         Trainer(finished[0])
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, model):
+    config = tiny_config(tmp_path, model)
+    folder = Path(config.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder), pytest.raises(ConfigError, match="another process is training in"):
+        Trainer(config)
+    Trainer(config).close()
 
 
 def test_resume_without_a_run(tmp_path, model):

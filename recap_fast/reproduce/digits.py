@@ -338,6 +338,11 @@ def ensure_base(
     scores: dict[str, float] = evaluate_model(evaluation(finished), str(finished))
     scores["seconds"] = seconds
     (finished / SCORES_FILE).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    os.replace(finished, folder)
+    try:
+        os.replace(finished, folder)
+    except OSError:
+        # Another process may have finished first; its result is as good.
+        if not (folder / SCORES_FILE).exists():
+            raise
     shutil.rmtree(building)
     return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from recap_fast.reproduce.digits import SCORES_FILE, BaseSettings, base_scores, ensure_base
 from recap_fast.reproduce.experiment import METHODS, ExperimentSettings, grid, run_config
 from recap_fast.reproduce.figures import draw_figures
-from recap_fast.reproduce.grid import run_grid
+from recap_fast.reproduce.grid import Cell, GridError, make_output, run_grid
 from recap_fast.reproduce.results import SCORES, collect, write_results
 
 FULL = ExperimentSettings()
@@ -43,7 +43,7 @@ LARGE = ExperimentSettings(
     batch_size=48,
     learning_rate=2e-4,
 )
-"""Sixteen times the parameters, for a GPU. Its learning rates are FULL's over the ratio of widths,
+"""Thirteen times the parameters, for a GPU. Its learning rates are FULL's over the ratio of widths,
 rounded: no pilot has been made."""
 SIZES = {"quick": QUICK, "full": FULL, "large": LARGE}
 
@@ -71,7 +71,7 @@ def run_digits(
     if extended:
         settings = replace(settings, methods=tuple(METHODS))
     console = Console(stderr=True)
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     built = (settings.base.folder / SCORES_FILE).exists()
     console.print(
         f"the base is {settings.base.folder}" if built else "building the base", highlight=False
@@ -83,7 +83,19 @@ def run_digits(
     if base_only:
         return _describe_base(base_scores(base))
     cells = grid(settings, base, output)
-    run_grid(cells, jobs, console)
+    try:
+        run_grid(cells, jobs, console)
+    except GridError:
+        if collect(cells):
+            console.print(_write(cells, settings, output, console))
+        raise
+    return _write(cells, settings, output, console)
+
+
+def _write(
+    cells: Sequence[Cell], settings: ExperimentSettings, output: Path, console: Console
+) -> str:
+    """Tables and figures of the finished runs."""
     runs = collect(cells)
     table = write_results(runs, settings, output)
     for plot in draw_figures(runs, output / "figures"):

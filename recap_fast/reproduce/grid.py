@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from recap_fast.checkpoint import list_checkpoints
-from recap_fast.config import TrainConfig, load_config, save_config
+from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
 from recap_fast.metrics import read_metrics
 from recap_fast.stop_signals import collect_stop_signals
 from recap_fast.types import UserError
@@ -86,34 +86,57 @@ def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
         collect_stop_signals("asking the runs to save and stop") as stop,
         _Bars(cells, console) as bars,
     ):
-        while running or (waiting and not stop):
-            while waiting and len(running) < jobs and not stop:
-                running.append(_Process(waiting.pop(0), jobs))
-            time.sleep(_POLL_SECONDS)
-            if stop:
-                for process in running:
-                    process.stop()
-            bars.update([process.cell for process in running])
-            for process in [p for p in running if p.has_ended]:
-                running.remove(process)
-                if process.cell.is_finished:
-                    bars.finish(process.cell, process.seconds)
-                elif not stop:
-                    failed.append(process)
+        try:
+            while running or (waiting and not stop):
+                while waiting and len(running) < jobs and not stop:
+                    running.append(_Process(waiting.pop(0), jobs))
+                time.sleep(_POLL_SECONDS)
+                if stop:
+                    for process in running:
+                        process.stop()
+                bars.update([process.cell for process in running])
+                for process in [p for p in running if p.has_ended]:
+                    running.remove(process)
+                    if process.cell.is_finished:
+                        bars.finish(process.cell, process.seconds)
+                    elif not stop:
+                        failed.append(process)
+        finally:
+            for process in running:  # of a grid that is interrupted: they save and end
+                process.stop()
     if stop:
         raise GridError("stopped; the same command goes on from here")
     if failed:
         raise GridError("\n".join(process.describe_failure() for process in failed))
 
 
+def make_output(folder: Path) -> None:
+    """Makes the folder of an experiment, if it is missing.
+
+    Raises:
+        GridError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GridError(f"--output: {folder} cannot be made a folder: {error.strerror}") from None
+
+
 def _check_folders(cells: Sequence[Cell]) -> None:
     for cell in cells:
         path = cell.folder / "config.yaml"
-        if path.exists() and load_config(path) != cell.config:
+        if path.exists() and not _holds(path, cell.config):
             raise GridError(
                 f"{cell.folder} holds a run with other settings than this grid's: remove it, or "
                 f"choose another folder with --output"
             )
+
+
+def _holds(path: Path, config: TrainConfig) -> bool:
+    try:
+        return load_config(path) == config
+    except ConfigError:  # of another version
+        return False
 
 
 def _command(*arguments: str) -> list[str]:
@@ -136,14 +159,14 @@ class _Process:
         config = folder.with_suffix(".yaml")
         save_config(cell.config, config)
         self._log: IO[bytes] = (folder / LOG_FILE).open("ab")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         # A session of its own: Ctrl-C reaches the grid alone, which asks the runs to save and stop.
         self._process = subprocess.Popen(
             _command(str(config), *flags),
             stdout=self._log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
             start_new_session=True,
         )
         self._asked_to_stop = False

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from recap_fast.metrics import describe_machine
 from recap_fast.plot_style import COLOURS, MUTED, STYLE
+from recap_fast.reproduce.grid import make_output
 from recap_fast.reproduce.signals import (
     CASES,
     FORMAT_LEARNT,
@@ -69,6 +70,7 @@ def run_signals(output: Path) -> Path:
     Returns:
         The tables' path.
     """
+    make_output(output)
     values = hybrid_curves()
     tables: dict[str, tuple[Sequence[str], Rows]] = {
         "Readings": (
@@ -88,7 +90,6 @@ def run_signals(output: Path) -> Path:
         ),
         "Cases": (_CASE_HEADS, {case.name: describe_case(case) for case in CASES}),
     }
-    output.mkdir(parents=True, exist_ok=True)
     results = {name.lower(): rows for name, (_, rows) in tables.items()}
     document = {"machine": describe_machine(), **results}
     (output / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from rich.console import Console
 from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig
 from recap_fast.metrics import describe_machine, read_metrics
 from recap_fast.plots import RunHistory
-from recap_fast.reproduce.grid import Cell, run_grid
+from recap_fast.reproduce.grid import Cell, make_output, run_grid
 
 METHODS = ("reasoning-only", "uniform", "recap")
 SCORES = {
@@ -86,7 +86,7 @@ def run_text(output: Path, settings: TextSettings, *, jobs: int) -> str:
     Raises:
         UserError: stopped, a run failed, or the folder holds another experiment.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     console = Console(stderr=True)
     instructions = output / "instructions.jsonl"
     if not instructions.exists():

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from recap_fast.metrics import describe_machine
 from recap_fast.plot_style import COLOURS, INK, MUTED, STYLE
+from recap_fast.reproduce.grid import make_output
 from recap_fast.reproduce.toy import (
     FAMILIES,
     NEAR,
@@ -83,6 +84,7 @@ def run_toy(
     Returns:
         The table's path.
     """
+    make_output(output)
     steps = steps or (QUICK_STEPS if quick else STEPS)
     seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
     settings = [setting for family in FAMILIES.values() for setting in family]
@@ -94,7 +96,6 @@ def run_toy(
         )
     fronts = {printing: pareto_front(printing) for printing in PRINTINGS}
     outcomes = measure(runs, fronts)
-    output.mkdir(parents=True, exist_ok=True)
     table = output / "table.md"
     table.write_text(render_tables(outcomes, steps, seeds, noise), encoding="utf-8")
     results = as_json(outcomes, steps, seeds, noise)

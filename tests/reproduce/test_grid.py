@@ -44,6 +44,7 @@ with (folder / "metrics.jsonl").open("a") as file:
 
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a user's own is kept
     monkeypatch.setattr(grid, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(
         grid, "_command", lambda *arguments: [sys.executable, "-c", FAKE_RUN, *arguments]
@@ -59,7 +60,7 @@ def test_the_grid_runs_everything_once(fake_runs):
     run_grid(fake_runs, 2, SILENT)
     assert all(cell.is_finished for cell in fake_runs)
     run_grid(fake_runs, 2, SILENT)
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [_starts(cell) for cell in fake_runs] == [[threads]] * 4
 
 
@@ -85,6 +86,30 @@ def test_a_stopped_grid_saves_and_goes_on(fake_runs, monkeypatch):
         assert [line.split()[1:] for line in _starts(cell)] == [[], ["--resume"]]
 
 
+def test_an_interrupted_grid_leaves_no_run_behind(fake_runs, monkeypatch):
+    monkeypatch.setenv("SLOW", "1")
+    monkeypatch.setattr(grid, "_POLL_SECONDS", 30)  # it has no time to ask the run to stop
+    cell = fake_runs[0]
+
+    def interrupt_twice():
+        while cell.step != 4:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_twice)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_grid([cell], 1, SILENT)
+    thread.join()
+    checkpoint = cell.folder / "checkpoints" / "step-000004" / "trainer_state.json"
+    deadline = time.monotonic() + 30
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline, "the run was not asked to save and stop"
+        time.sleep(0.02)
+
+
 def test_a_failed_run_does_not_keep_the_others_from_running_and_starts_anew(fake_runs, monkeypatch):
     monkeypatch.setenv("BROKEN", "recap/seed-0")
     with pytest.raises(GridError, match=r"(?s)recap, seed 0 failed with status 1 .*no luck"):
@@ -99,5 +124,9 @@ def test_a_folder_with_another_experiment_is_left_alone(fake_runs):
     other = fake_runs[0].config.model_copy(update={"seed": 7})
     fake_runs[0].folder.mkdir(parents=True)
     save_config(other, fake_runs[0].folder / "config.yaml")
+    with pytest.raises(GridError, match="other settings than this grid's"):
+        run_grid(fake_runs, 1, SILENT)
+    # As another version wrote it.
+    (fake_runs[0].folder / "config.yaml").write_text("run: x\nunknown: 1\n")
     with pytest.raises(GridError, match="other settings than this grid's"):
         run_grid(fake_runs, 1, SILENT)
