@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def collect_stop_signals(answer: str) -> Iterator[list[int]]:
     """Collects SIGTERM, SIGINT and SIGHUP in the list that it gives, instead of dying of them.
 
-    A second SIGINT interrupts. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    A second SIGINT interrupts. SIGHUP stays ignored where it is, as under nohup.
 
     Args:
         answer: what the caller does about the first one; it is logged.
@@ -28,8 +28,9 @@ def collect_stop_signals(answer: str) -> Iterator[list[int]]:
         received.append(number)
         logger.warning("%s: %s", signal.Signals(number).name, answer)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    heeded = [signal.SIGTERM, signal.SIGINT]  # also where a shell's & ignores SIGINT
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        heeded.append(signal.SIGHUP)
     previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield received
