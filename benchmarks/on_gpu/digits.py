@@ -17,7 +17,7 @@ from recap_fast.reproduce.digits import base_scores
 from recap_fast.reproduce.digits_report import SIZES, run_digits
 from recap_fast.reproduce.experiment import ExperimentSettings, grid
 from recap_fast.reproduce.grid import GridError
-from recap_fast.reproduce.results import RESULTS_FILE, collect, write_results
+from recap_fast.reproduce.results import RESULTS_FILE
 
 JOBS = 4
 """Runs at a time: a model of this size leaves a GPU idle between launches."""
@@ -82,7 +82,6 @@ def _results(settings: ExperimentSettings, output: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"runs": len(cells), "finished_runs": len(finished)}
     if base.is_dir():
         results["base"] = base_scores(base)
-    if finished:
-        write_results(collect(cells), settings, output)
+    if finished:  # the experiment has written what they gave, also where it was stopped
         results |= json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     return results
