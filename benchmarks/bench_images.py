@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from recap_fast.images import ImageEncoder, VisionTokens, decode_image
+from recap_fast.data.images import ImageEncoder, VisionTokens, decode_image
 
 CASES = [(224, 224, "PNG"), (512, 512, "JPEG"), (512, 512, "PNG"), (640, 480, "JPEG"),
          (1920, 1080, "JPEG")]  # fmt: skip

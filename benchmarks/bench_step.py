@@ -53,7 +53,7 @@ def run_recap(engine: str, steps: int) -> list[dict[str, float]]:
     import yaml
 
     from recap_fast.config import load_config
-    from recap_fast.metrics import read_metrics
+    from recap_fast.report.metrics import read_metrics
     from recap_fast.trainer import Trainer
 
     folder = Path(tempfile.mkdtemp())
@@ -96,7 +96,7 @@ def run_trl(setting: str, steps: int) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from recap_fast.model import resolve_model
+    from recap_fast.model.policy import resolve_model
 
     path = resolve_model("smollm2-135m-instruct")
     entries = reasoning_gym.create_dataset("chain_sum", seed=0, size=200, **TASK)
@@ -272,7 +272,7 @@ def _print(summary: dict[str, dict[str, float]], absent: dict[str, str]) -> None
 def _record(summary: Any, absent: Any, options: argparse.Namespace) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from recap_fast.metrics import describe_machine
+    from recap_fast.report.metrics import describe_machine
 
     return {
         "command": f"python benchmarks/bench_step.py --steps {options.steps}"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import Inputs, Shape
-from recap_fast.metrics import describe_machine
+from recap_fast.report.metrics import describe_machine
 
 
 class EventTime:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recap_fast.config import load_config
-from recap_fast.metrics import read_metrics
+from recap_fast.report.metrics import read_metrics
 
 
 def summarise(run: Path) -> dict[str, Any]:

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast import attention
 from recap_fast.config import TrainConfig
-from recap_fast.model import Policy, choose_attention
-from recap_fast.optimization import PolicyOptimizer
-from recap_fast.packing import PackedUpdate, pack_update
+from recap_fast.model import attention
+from recap_fast.model.policy import Policy, choose_attention
+from recap_fast.training.optimization import PolicyOptimizer
+from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout
 
 

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from benchmarks.training_step import ModelShape, Step
-from recap_fast import attention
 from recap_fast.config import TrainConfig
-from recap_fast.model import Policy, choose_attention, choose_vision_attention
-from recap_fast.optimization import PolicyOptimizer
-from recap_fast.packing import PackedUpdate, pack_update
+from recap_fast.model import attention
+from recap_fast.model.policy import Policy, choose_attention, choose_vision_attention
+from recap_fast.training.optimization import PolicyOptimizer
+from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import ImageInput, Prompt, Rollout, SupervisedRow
 
 MERGE = 2

@@ -1,7 +1,7 @@
 """RECAP's dynamic weights in one launch of one program (arXiv 2510.21978v2, Algorithm 2).
 
-Mirrors `RecapReweighter` in `recap_fast/reweighting.py`, which gives the formulas. Arithmetic is
-float64. Shapes: K objectives, 2W columns of a ring, of which value number n has column n mod 2W.
+Mirrors `RecapReweighter` in `recap_fast/reweighting/recap.py`, which gives the formulas. Arithmetic
+is float64. Shapes: K objectives, 2W columns of a ring, of which value number n has column n mod 2W.
 """
 
 import triton

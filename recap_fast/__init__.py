@@ -1,42 +1,25 @@
 """recap-fast: GRPO with replay, dynamic objective weights and fused losses.
 
-Names are resolved on first use, so that `import recap_fast` costs no import of torch: reward
-workers and the command line start at once.
+Names are resolved on first use (`recap_fast.lazy`).
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from recap_fast.lazy import hand_on
+from recap_fast.version import __version__
 
 if TYPE_CHECKING:
     from recap_fast.config import TrainConfig, load_config
-    from recap_fast.ops import (
-        PolicyLossConfig,
-        PolicyLossOutput,
-        fused_linear_policy_loss,
-        group_advantages,
-        linear_logprobs,
-        selective_logprobs,
-    )
-    from recap_fast.reweighting import RecapReweighter, make_reweighter
+    from recap_fast.ops.advantages import group_advantages
+    from recap_fast.ops.logprobs import linear_logprobs, selective_logprobs
+    from recap_fast.ops.loss_config import PolicyLossConfig
+    from recap_fast.ops.output import PolicyLossOutput
+    from recap_fast.ops.policy_loss import fused_linear_policy_loss
+    from recap_fast.reweighting.recap import RecapReweighter, make_reweighter
     from recap_fast.trainer import Trainer
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "RecapReweighter": "reweighting",
-    "make_reweighter": "reweighting",
-    "group_advantages": "ops",
-    "linear_logprobs": "ops",
-    "selective_logprobs": "ops",
-    "fused_linear_policy_loss": "ops",
-    "PolicyLossConfig": "loss_config",
-    "PolicyLossOutput": "ops",
-    "TrainConfig": "config",
-    "load_config": "config",
-    "Trainer": "trainer",
-}
 __all__ = [
     "PolicyLossConfig",
     "PolicyLossOutput",
@@ -49,10 +32,22 @@ __all__ = [
     "load_config",
     "make_reweighter",
     "selective_logprobs",
+    "__version__",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"recap_fast.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'recap_fast' has no attribute {name!r}")
+__getattr__ = hand_on(
+    __name__,
+    {
+        "RecapReweighter": "reweighting.recap",
+        "make_reweighter": "reweighting.recap",
+        "group_advantages": "ops.advantages",
+        "linear_logprobs": "ops.logprobs",
+        "selective_logprobs": "ops.logprobs",
+        "fused_linear_policy_loss": "ops.policy_loss",
+        "PolicyLossConfig": "ops.loss_config",
+        "PolicyLossOutput": "ops.output",
+        "TrainConfig": "config",
+        "load_config": "config",
+        "Trainer": "trainer",
+    },
+)

@@ -45,7 +45,7 @@ def train(
 
     loaded = load_config(config, overrides or ())
     _quieten()
-    from recap_fast.report import write_report
+    from recap_fast.report.page import write_report
     from recap_fast.trainer import Trainer
 
     trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
@@ -85,17 +85,17 @@ def evaluate(
     is_run = source.is_dir()
     loaded = load_config(source / "config.yaml" if is_run else source, overrides or ())
     _quieten()
-    from recap_fast.checkpoint import latest_checkpoint
+    from recap_fast.training.checkpoint import latest_checkpoint
 
     path = str(latest_checkpoint(source / "checkpoints")) if is_run else loaded.model.path
     if tasks:
-        from recap_fast.harness import evaluate_tasks
+        from recap_fast.training.harness import evaluate_tasks
 
         scores = evaluate_tasks(
             loaded, path, tasks, harness=harness, limit=limit, task_folder=task_folder
         )
     else:
-        from recap_fast.evaluate import evaluate_model
+        from recap_fast.training.evaluate import evaluate_model
 
         scores = evaluate_model(loaded, path)
     for name, value in scores.items():
@@ -105,7 +105,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]) -> None:
     """Write RUN/report.html from the run's records."""
-    from recap_fast.report import write_report
+    from recap_fast.report.page import write_report
 
     print(write_report(run))
 
@@ -139,10 +139,10 @@ def bench(
 ) -> None:
     """Time the operations beside their peers, from a checkout of the repository."""
     if static:
-        from recap_fast import static_analysis
+        from recap_fast.bench import static_analysis
 
         raise SystemExit(static_analysis.main(json, check))
-    from recap_fast.bench import print_report, run_suites
+    from recap_fast.bench.suites import print_report, run_suites
 
     if report is not None:
         print_report(report, output)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.types import Objective, UserError
 
 
@@ -51,7 +51,7 @@ class ModelConfig(_Model):
 
 class RewardSpec(_Model):
     function: str
-    """A built-in name (`recap_fast.rewards.BUILTIN`) or "module:function"."""
+    """A built-in name (`recap_fast.rewards.functions.BUILTIN`) or "module:function"."""
     parameters: dict[str, Any] = {}
     """Keyword arguments for the function."""
 
@@ -69,7 +69,7 @@ class SourceConfig(_Model):
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, instead of `path`."""
     digit_scenes: Literal["range", "locate", "transcribe"] | None = None
-    """Task of the built-in digit scenes (recap_fast/reproduce/scenes.py), instead of `path`."""
+    """Task of the built-in digit scenes (recap_fast/data/digit_scenes.py), instead of `path`."""
     parameters: dict[str, Any] = {}
     """The reasoning-gym dataset's own parameters."""
     size: int = Field(10_000, ge=1)
@@ -89,7 +89,7 @@ class SourceConfig(_Model):
     max_image_side: int | None = Field(None, ge=1)
     """Images whose longer side has more pixels than this are scaled down."""
     prompt: str = "{question}"
-    """A template's name (`recap_fast.prompts.TEMPLATES`: "plain", "thinking", "answer", "box")
+    """A template's name (`recap_fast.data.prompts.TEMPLATES`: "plain", "thinking", "answer", "box")
     or a text with {question} in it."""
     target: str = "{answer}"
     """sft only: the assistant's turn, a text with {answer} in it."""

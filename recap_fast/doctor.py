@@ -196,7 +196,7 @@ def _check_attention() -> str:
     """Packed attention must give each of two sequences what it gets on its own."""
     import torch
 
-    from recap_fast import attention
+    from recap_fast.model import attention
 
     attention.register()
     model = _tiny_model().eval()
@@ -222,7 +222,7 @@ def _check_attention_backend(name: str) -> str:
     """Tries a backend with the heads of a model of 3B parameters, in bfloat16."""
     import torch
 
-    from recap_fast.attention_backends import AttentionNeeds, UnavailableError, choose_backend
+    from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     needs = AttentionNeeds(device, torch.bfloat16, num_heads=16, num_kv_heads=2, head_dim=128)
@@ -271,8 +271,9 @@ def _try_engine(name: str) -> str:
     from transformers.utils.logging import disable_progress_bar
 
     from recap_fast.config import RolloutConfig
+    from recap_fast.rollout.factory import make_engine
     from recap_fast.rollout.mismatch import verify_sync
-    from recap_fast.rollout.protocol import iter_weights, make_engine
+    from recap_fast.rollout.protocol import iter_weights
     from recap_fast.types import Prompt
 
     disable_progress_bar()

@@ -24,23 +24,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast.checkpoint import TrainerState, load_state, save_checkpoint
 from recap_fast.config import ConfigError, TrainConfig, save_config
-from recap_fast.data import DataStream
-from recap_fast.evaluate import Evaluator
-from recap_fast.images import load_image_encoder
-from recap_fast.metrics import MetricsWriter, ProgressView
-from recap_fast.model import load_policy, load_tokenizer, resolve_model
+from recap_fast.data.images import load_image_encoder
+from recap_fast.data.mix import DataStream
+from recap_fast.model.policy import load_policy, load_tokenizer, resolve_model
 from recap_fast.ops import group_advantages
-from recap_fast.optimization import PolicyOptimizer, combine_stats, learning_rate
-from recap_fast.packing import PackedUpdate, pack_update
-from recap_fast.rewards import RewardScorer
-from recap_fast.reweighting import Reweighter, make_reweighter
+from recap_fast.report.metrics import MetricsWriter, ProgressView
+from recap_fast.rewards.scorer import RewardScorer
+from recap_fast.reweighting.recap import Reweighter, make_reweighter
+from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
-from recap_fast.rollout.protocol import iter_weights, make_engine
-from recap_fast.run_folder import clear_folder, lock_folder, prepare_folder
-from recap_fast.step_metrics import column_deviations, column_means, device_metrics, host_metrics
-from recap_fast.stop_signals import collect_stop_signals
+from recap_fast.rollout.protocol import iter_weights
+from recap_fast.training.checkpoint import TrainerState, load_state, save_checkpoint
+from recap_fast.training.evaluate import Evaluator
+from recap_fast.training.optimization import PolicyOptimizer, combine_stats, learning_rate
+from recap_fast.training.packing import PackedUpdate, pack_update
+from recap_fast.training.run_folder import clear_folder, lock_folder, prepare_folder
+from recap_fast.training.step_metrics import (
+    column_deviations,
+    column_means,
+    device_metrics,
+    host_metrics,
+)
+from recap_fast.training.stop_signals import collect_stop_signals
 from recap_fast.types import (
     Prompt,
     RewardTable,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from recap_fast.config import TrainConfig, save_config
-from recap_fast.metrics import MetricsWriter
-from recap_fast.reweighting import RecapReweighter
+from recap_fast.report.metrics import MetricsWriter
+from recap_fast.reweighting.recap import RecapReweighter
 from recap_fast.types import Prompt, RewardTable, Rollout
 
 WINDOW = 4

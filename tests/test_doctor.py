@@ -170,8 +170,8 @@ def test_attention_that_gives_other_results_is_not_chosen(monkeypatch: pytest.Mo
     """As on a GPU where one kernel is wrong and the other package is missing."""
     import torch
 
-    from recap_fast import attention_backends
-    from recap_fast.attention_backends import UnavailableError
+    from recap_fast.model import attention_backends
+    from recap_fast.model.attention_backends import UnavailableError
 
     def trial(backend: object, needs: object) -> None:
         raise UnavailableError("output differs from sdpa's by 70% on a trial")

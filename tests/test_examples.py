@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from recap_fast.config import DataConfig, SourceConfig, load_config
-from recap_fast.data import DataStream, mixing_shares
-from recap_fast.reward_functions import BUILTIN
+from recap_fast.data.mix import DataStream, mixing_shares
+from recap_fast.rewards.functions import BUILTIN
 from recap_fast.types import RewardSample
 from tests.vision_rows import encoded, encoder, picture, vision_tokenizer
 

@@ -53,7 +53,7 @@ def test_transformers_sees_the_same_kernels_package_everywhere(tmp_path: Path) -
 
 def test_import_is_free_of_torch() -> None:
     code = (
-        "import recap_fast, recap_fast.config, recap_fast.types, recap_fast.metrics, sys; "
+        "import recap_fast, recap_fast.config, recap_fast.types, recap_fast.report.metrics, sys; "
         "recap_fast.load_config, recap_fast.PolicyLossConfig; print('torch' in sys.modules)"
     )
     assert run_python(code, ROOT) == "False"

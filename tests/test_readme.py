@@ -14,7 +14,7 @@ import yaml
 
 from recap_fast import cli
 from recap_fast.config import TrainConfig, load_config
-from recap_fast.metrics import read_metrics
+from recap_fast.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from recap_fast.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.config import ConfigError, load_config
-from recap_fast.metrics import read_metrics
-from recap_fast.model import ModelError
-from recap_fast.run_folder import lock_folder
+from recap_fast.model.policy import ModelError
+from recap_fast.report.metrics import read_metrics
 from recap_fast.trainer import Trainer
+from recap_fast.training.checkpoint import CheckpointError, list_checkpoints
+from recap_fast.training.run_folder import lock_folder
 from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
 
@@ -123,8 +123,8 @@ def test_run_folder_is_complete(finished):
 _KILLED = """
 import os, sys
 from recap_fast.config import load_config
-from recap_fast.model import ModelError
-from recap_fast.run_folder import lock_folder
+from recap_fast.model.policy import ModelError
+from recap_fast.training.run_folder import lock_folder
 from recap_fast.trainer import Trainer
 from recap_fast.types import UserError
 trainer = Trainer(load_config(sys.argv[1]))
@@ -330,7 +330,7 @@ def test_failing_evaluation_loses_no_step(tmp_path, model):
         raise UserError("no evaluation today")
 
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("recap_fast.evaluate.Evaluator.run", fail)
+    monkey.setattr("recap_fast.training.evaluate.Evaluator.run", fail)
     with pytest.raises(UserError, match="today"):
         trainer.train()
     monkey.undo()

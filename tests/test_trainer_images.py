@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from recap_fast.config import load_config
-from recap_fast.evaluate import evaluate_model
+from recap_fast.model.vision import MODEL_TYPES
 from recap_fast.trainer import Trainer
-from recap_fast.vision import MODEL_TYPES
+from recap_fast.training.evaluate import evaluate_model
 from tests.tiny import MERGE, PATCH, tiny_vision_config
 from tests.vision_rows import picture, vision_tokenizer, vision_tokens
 

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from recap_fast import attention
 from recap_fast.config import TrainConfig, load_config
-from recap_fast.model import Policy
+from recap_fast.model import attention
+from recap_fast.model.policy import Policy
 from recap_fast.types import ImageInput
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.vision_rows import vision_tokenizer, vision_tokens
@@ -86,7 +86,7 @@ _VISION: dict[str, dict[str, Any]] = {
 def tiny_vision_config(
     kind: str, *, tied: bool = True, tokens: dict[str, int] = VISION_TOKENS, **text: Any
 ) -> Any:
-    """Configuration of a vision-language model of one of `recap_fast.vision.MODEL_TYPES`.
+    """Configuration of a vision-language model of one of `recap_fast.model.vision.MODEL_TYPES`.
 
     Args:
         text: instead of the text model's settings.

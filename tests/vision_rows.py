@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from recap_fast.images import ImageEncoder, VisionTokens
+from recap_fast.data.images import ImageEncoder, VisionTokens
 from tests.tiny_tokenizer import tiny_tokenizer
 
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from recap_fast.static_analysis import StaticTable, static_table, to_json, to_markdown
+from recap_fast.bench.static_analysis import StaticTable, static_table, to_json, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "static.md"

@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.measuring import pick_device
 from benchmarks.on_gpu.part import Context
 from benchmarks.training_step import WORKLOADS, recap_step
-from recap_fast import RecapReweighter, fused_linear_policy_loss, optimization
+from recap_fast import RecapReweighter, fused_linear_policy_loss
+from recap_fast.training import optimization
 
 IMPLEMENTATIONS = ("torch", "triton")
 TOKENS, HIDDEN, VOCAB, SEQUENCES, OBJECTIVES, WINDOW = 192, 64, 1000, 8, 3, 2

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from benchmarks.on_gpu.part import Context, SkipPartError
 
-REHEARSED = ("tests/ops", "tests/test_optimization.py", "tests/test_reweighting.py")
+REHEARSED = ("tests/ops", "tests/training/test_optimization.py", "tests/reweighting/test_recap.py")
 """Files that a rehearsal looks into; collecting the others takes long. A run takes all."""
 
 

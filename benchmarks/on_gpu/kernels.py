@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.on_gpu.part import Context
-from recap_fast.bench import RESULTS, run_suites
+from recap_fast.bench.suites import RESULTS, run_suites
 
 SUITES = ("policy_loss", "logprobs", "reweighter", "advantages")
 DEADLINE = 480.0

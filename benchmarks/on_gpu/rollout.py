@@ -14,8 +14,9 @@ from benchmarks.on_gpu.part import Context, SkipPartError
 from benchmarks.training_step import WORKLOADS, build_model, make_rollouts
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout import vllm as vllm_rollout
+from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import logprob_diff, sequence_logprobs
-from recap_fast.rollout.protocol import iter_weights, make_engine
+from recap_fast.rollout.protocol import iter_weights
 from recap_fast.types import SamplingSpec
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -1,10 +1,20 @@
-"""Public operations. Each has an eager oracle in `reference` that shares no code with it."""
+"""Public operations: fused losses, log-probs, advantages, and the launchers of their kernels.
 
-from recap_fast.loss_config import PolicyLossConfig
-from recap_fast.ops.advantages import group_advantages
-from recap_fast.ops.logprobs import linear_logprobs, selective_logprobs
-from recap_fast.ops.output import PolicyLossOutput
-from recap_fast.ops.policy_loss import fused_linear_policy_loss
+Each has an eager oracle in `reference` that shares no code with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recap_fast.lazy import hand_on
+
+if TYPE_CHECKING:
+    from recap_fast.ops.advantages import group_advantages
+    from recap_fast.ops.logprobs import linear_logprobs, selective_logprobs
+    from recap_fast.ops.loss_config import PolicyLossConfig
+    from recap_fast.ops.output import PolicyLossOutput
+    from recap_fast.ops.policy_loss import fused_linear_policy_loss
 
 __all__ = [
     "PolicyLossConfig",
@@ -14,3 +24,15 @@ __all__ = [
     "linear_logprobs",
     "selective_logprobs",
 ]
+
+__getattr__ = hand_on(
+    __name__,
+    {
+        "group_advantages": "advantages",
+        "linear_logprobs": "logprobs",
+        "selective_logprobs": "logprobs",
+        "fused_linear_policy_loss": "policy_loss",
+        "PolicyLossConfig": "loss_config",
+        "PolicyLossOutput": "output",
+    },
+)

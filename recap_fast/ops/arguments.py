@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops._validate import (
     FULL_DTYPES,
     INTEGER_DTYPES,
@@ -18,6 +17,7 @@ from recap_fast.ops._validate import (
     check_tensor,
     statistics_dtype,
 )
+from recap_fast.ops.loss_config import PolicyLossConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.ops.tokens import TokenTable, sum_over_sequences
 
 MAX_LOG_RATIO = 20.0

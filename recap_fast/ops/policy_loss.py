@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops import objective, reference
 from recap_fast.ops._autograd import empty_if_none
 from recap_fast.ops._validate import resolve_impl, statistics_dtype
@@ -18,6 +17,7 @@ from recap_fast.ops.advantages import normalized_advantages
 from recap_fast.ops.arguments import LossArguments
 from recap_fast.ops.attach import attach_gradients
 from recap_fast.ops.chunked import Head, HeadStage, Swept, TorchRows, Wanted, make_head, sweep
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.ops.output import PolicyLossOutput
 from recap_fast.ops.rows import RowGradient
 from recap_fast.ops.tokens import TokenTable, count, tabulate

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops.arguments import LossArguments
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.ops.output import PolicyLossOutput
 
 

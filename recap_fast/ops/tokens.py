@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops._validate import IGNORED_TARGET
 from recap_fast.ops.arguments import LossArguments
+from recap_fast.ops.loss_config import PolicyLossConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from recap_fast.kernels.logprobs import logprobs_kernel
 from recap_fast.kernels.policy_loss import APPLIES, CLIPPED, policy_loss_kernel
-from recap_fast.loss_config import PolicyLossConfig
 from recap_fast.ops.arguments import LossArguments
 from recap_fast.ops.chunked import Head, Swept
 from recap_fast.ops.launch import launch
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.ops.rows import RowGradient
 from recap_fast.ops.tokens import TokenScales
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recap_fast.reweighting import Reweighter
+from recap_fast.reweighting.recap import Reweighter
 
 
 def stack(reweighters: Sequence[Reweighter]) -> Reweighter:

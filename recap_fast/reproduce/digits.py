@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_fast.checkpoint import latest_checkpoint
 from recap_fast.config import TrainConfig
-from recap_fast.metrics import read_metrics
-from recap_fast.model import ModelError, cache_folder
-from recap_fast.prompts import TEMPLATES
+from recap_fast.data.digit_scenes import HEIGHT, TASKS, WIDTH, SceneRows
+from recap_fast.data.prompts import TEMPLATES
+from recap_fast.model.policy import ModelError, cache_folder
+from recap_fast.report.metrics import read_metrics
 from recap_fast.reproduce.grid import Cell, run_grid
-from recap_fast.reproduce.scenes import HEIGHT, TASKS, WIDTH, SceneRows
+from recap_fast.training.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -321,7 +321,7 @@ def ensure_base(
     folder = settings.folder
     if (folder / SCORES_FILE).exists():
         return folder
-    from recap_fast.evaluate import evaluate_model
+    from recap_fast.training.evaluate import evaluate_model
 
     building = folder.with_suffix(".building")
     untrained, finished = building / "untrained", building / "finished"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recap_fast.reweighting_base import (
+from recap_fast.reweighting.base import (
     Reweighter,
     Signal,
     away_from_zero,

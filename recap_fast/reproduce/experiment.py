@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_fast.config import TrainConfig
-from recap_fast.loss_config import PolicyLossConfig
+from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.reproduce.digits import PROMPTS, BaseSettings
 from recap_fast.reproduce.grid import Cell
 from recap_fast.types import UserError

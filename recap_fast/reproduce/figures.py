@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from recap_fast.plot_style import COLOURS, DPI, MUTED, STYLE, label_axes
-from recap_fast.plots import Plot, moving_average
+from recap_fast.report.plot_style import COLOURS, DPI, MUTED, STYLE, label_axes
+from recap_fast.report.plots import Plot, moving_average
 from recap_fast.reproduce.experiment import COMPARED
 from recap_fast.reproduce.results import ABILITIES, MethodRuns
 

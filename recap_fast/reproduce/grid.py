@@ -19,10 +19,10 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from recap_fast.checkpoint import list_checkpoints
 from recap_fast.config import ConfigError, TrainConfig, load_config, save_config
-from recap_fast.metrics import read_metrics
-from recap_fast.stop_signals import collect_stop_signals
+from recap_fast.report.metrics import read_metrics
+from recap_fast.training.checkpoint import list_checkpoints
+from recap_fast.training.stop_signals import collect_stop_signals
 from recap_fast.types import UserError
 
 LOG_FILE = "train.log"

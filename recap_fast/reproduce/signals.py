@@ -17,7 +17,7 @@ import torch
 
 from recap_fast.reproduce.batch import stack
 from recap_fast.reproduce.ema import EmaRecapReweighter
-from recap_fast.reweighting import RecapReweighter, Reweighter
+from recap_fast.reweighting.recap import RecapReweighter, Reweighter
 
 STEPS, SEEDS = 500, 10
 OBJECTIVES = ("accuracy", "thinking format", "IoU", "answer format", "ntp")

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recap_fast.metrics import describe_machine
-from recap_fast.plot_style import COLOURS, MUTED, STYLE
+from recap_fast.report.metrics import describe_machine
+from recap_fast.report.plot_style import COLOURS, MUTED, STYLE
 from recap_fast.reproduce.grid import make_output
 from recap_fast.reproduce.signals import (
     CASES,

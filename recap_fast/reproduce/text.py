@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 
 from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig
-from recap_fast.metrics import describe_machine, read_metrics
-from recap_fast.plots import RunHistory
+from recap_fast.report.metrics import describe_machine, read_metrics
+from recap_fast.report.plots import RunHistory
 from recap_fast.reproduce.grid import Cell, make_output, run_grid
 
 METHODS = ("reasoning-only", "uniform", "recap")
@@ -178,9 +178,9 @@ def answer_instructions(model: str, topics: int) -> list[dict[str, str]]:
     Sampled at temperature 1 with a fixed seed. Answers that do not end within 64 tokens are left
     out.
     """
-    from recap_fast.model import load_policy, load_tokenizer, resolve_model
-    from recap_fast.prompts import ChatRenderer
-    from recap_fast.rollout.protocol import make_engine
+    from recap_fast.data.prompts import ChatRenderer
+    from recap_fast.model.policy import load_policy, load_tokenizer, resolve_model
+    from recap_fast.rollout.factory import make_engine
     from recap_fast.types import Prompt, SamplingSpec
 
     path = resolve_model(model)

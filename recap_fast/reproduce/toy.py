@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recap_fast.reproduce.batch import stack
 from recap_fast.reproduce.ema import EmaRecapReweighter
-from recap_fast.reweighting import Reweighter, make_reweighter
+from recap_fast.reweighting.recap import Reweighter, make_reweighter
 
 STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 PRINTINGS = ("navon", "paper")

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from recap_fast.metrics import describe_machine
-from recap_fast.plot_style import COLOURS, INK, MUTED, STYLE
+from recap_fast.report.metrics import describe_machine
+from recap_fast.report.plot_style import COLOURS, INK, MUTED, STYLE
 from recap_fast.reproduce.grid import make_output
 from recap_fast.reproduce.toy import (
     FAMILIES,

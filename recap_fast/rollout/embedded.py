@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from recap_fast.attention import IMPLEMENTATION
 from recap_fast.config import RolloutConfig
+from recap_fast.model.attention import IMPLEMENTATION
+from recap_fast.model.vision import PackedImages, VisionAdapter, make_adapter
 from recap_fast.rollout.protocol import build_rollouts, check_prompts, prompt_seed, stop_token_ids
 from recap_fast.types import Prompt, Rollout, SamplingSpec
-from recap_fast.vision import PackedImages, VisionAdapter, make_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.config import RolloutConfig
+from recap_fast.model.vision import make_adapter
 from recap_fast.rollout.embedded import (
     forward_logits,
     inference_state,
@@ -28,7 +29,6 @@ from recap_fast.rollout.protocol import (
     iter_weights,
 )
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
-from recap_fast.vision import make_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

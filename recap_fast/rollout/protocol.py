@@ -1,8 +1,7 @@
-"""What the trainer asks of a rollout engine, and how it gets one."""
+"""What the trainer asks of a rollout engine, and what engines share."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,14 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast.config import RolloutConfig
+from recap_fast.model.vision import VisionAdapter, VisionError
 from recap_fast.types import FinishReason, Prompt, Rollout, SamplingSpec, UserError
-from recap_fast.vision import VisionAdapter, VisionError, make_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 class EngineError(UserError):
@@ -72,56 +68,6 @@ def iter_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     head_name = next((name for name, module in model.named_modules() if module is head), None)
     if head_name is not None and f"{head_name}.weight" not in seen:
         yield f"{head_name}.weight", head.weight.detach()
-
-
-def make_engine(
-    config: RolloutConfig,
-    *,
-    model: PreTrainedModel,
-    model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_model_len: int,
-    seed: int,
-    device: torch.device | str,
-    image_pixels: tuple[int, int] | None = None,
-) -> RolloutEngine:
-    """Starts the engine that `config.engine` names.
-
-    Args:
-        model: the trained model. The transformers engine samples from this very module.
-        model_path: folder or hub name from which vLLM reads the architecture and first weights.
-        max_model_len: longest prompt and completion together, in tokens.
-        seed: of the engine itself; `SamplingSpec.seed` decides what is sampled.
-        image_pixels: least and largest area of the rows' images; None where no row has any.
-
-    Raises:
-        EngineError: the engine was asked for by name and cannot run here.
-    """
-    from recap_fast.rollout.embedded import EmbeddedEngine
-
-    device = torch.device(device)
-    if config.engine != "transformers":
-        from recap_fast.rollout.vllm import VllmEngine, why_unavailable
-
-        vision = make_adapter(model)
-        reason = why_unavailable(device, takes_images=vision is not None)
-        if reason is None:
-            return VllmEngine(
-                config,
-                model_path=model_path,
-                tokenizer=tokenizer,
-                max_model_len=max_model_len,
-                seed=seed,
-                device=device,
-                weight_names=frozenset(name for name, _ in iter_weights(model)),
-                stop_ids=stop_token_ids(model, tokenizer),
-                vision=vision,
-                image_pixels=image_pixels,
-            )
-        if config.engine == "vllm":
-            raise EngineError(f'rollout.engine is "vllm", which cannot run here: {reason}')
-        logger.warning("Rollouts use transformers, because vLLM cannot run here: %s", reason)
-    return EmbeddedEngine(config, model=model, tokenizer=tokenizer, max_model_len=max_model_len)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

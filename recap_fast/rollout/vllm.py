@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.config import RolloutConfig
+from recap_fast.model.vision import VisionAdapter
 from recap_fast.rollout.protocol import (
     EngineError,
     build_rollouts,
@@ -29,7 +30,6 @@ from recap_fast.rollout.protocol import (
     prompt_seed,
 )
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
-from recap_fast.vision import VisionAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from recap_fast.config import ModelConfig
-from recap_fast.data import DataStream
-from recap_fast.images import load_image_encoder
-from recap_fast.model import ModelError, load_policy, load_tokenizer
-from recap_fast.prompts import TEMPLATES
+from recap_fast.data.digit_scenes import HEIGHT, TASKS, WIDTH, SceneRows
+from recap_fast.data.images import load_image_encoder
+from recap_fast.data.mix import DataStream
+from recap_fast.data.prompts import TEMPLATES
+from recap_fast.model.policy import ModelError, load_policy, load_tokenizer
 from recap_fast.reproduce.digits import (
     BaseSettings,
     base_scores,
@@ -21,7 +22,6 @@ from recap_fast.reproduce.digits import (
     save_untrained,
 )
 from recap_fast.reproduce.experiment import ExperimentSettings, run_config
-from recap_fast.reproduce.scenes import HEIGHT, TASKS, WIDTH, SceneRows
 
 SILENT = Console(quiet=True)
 TINY = BaseSettings(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recap_fast.metrics import describe_machine
+from recap_fast.report.metrics import describe_machine
 from recap_fast.reproduce.experiment import (
     COMPARED,
     METHODS,

@@ -14,7 +14,7 @@ from recap_fast.cli import app
 from recap_fast.reproduce import signals
 from recap_fast.reproduce.batch import stack
 from recap_fast.reproduce.ema import EmaRecapReweighter
-from recap_fast.reweighting import RecapReweighter, make_reweighter
+from recap_fast.reweighting.recap import RecapReweighter, make_reweighter
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def prompts(tokenizer: Any) -> list[Prompt]:
 
 def start_vllm(model: LlamaForCausalLM, folder: Path) -> Any:
     """An engine in float32: only there is a lost weight told apart from rounding to 1e-4."""
-    from recap_fast.rollout.protocol import make_engine
+    from recap_fast.rollout.factory import make_engine
     from recap_fast.rollout.vllm import why_unavailable
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

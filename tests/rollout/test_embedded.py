@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from recap_fast import attention
 from recap_fast.config import RolloutConfig
+from recap_fast.model import attention
 from recap_fast.rollout import embedded
 from recap_fast.rollout.embedded import EmbeddedEngine, inference_state
 from recap_fast.rollout.mismatch import logprob_diff, sequence_logprobs, verify_sync

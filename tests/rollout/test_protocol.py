@@ -10,11 +10,11 @@ import torch
 
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout import vllm as adapter
+from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.protocol import (
     EngineError,
     build_rollouts,
     iter_weights,
-    make_engine,
     prompt_seed,
     stop_token_ids,
 )

@@ -12,15 +12,15 @@ import torch
 from safetensors import safe_open
 
 from recap_fast.config import RolloutConfig
-from recap_fast.model import Policy
+from recap_fast.model.policy import Policy
+from recap_fast.model.vision import MODEL_TYPES
 from recap_fast.rollout.embedded import EmbeddedEngine, inference_state
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
 from recap_fast.rollout.vllm import build_request, check_expansion, image_arguments
 from recap_fast.types import Prompt, Rollout, SamplingSpec
-from recap_fast.vision import MODEL_TYPES
+from tests.model.test_vision import IMAGE, alone, draw_prompt, pack, packed_logprobs
 from tests.rollout.vllm_vision import vllm_model_class
-from tests.test_vision import IMAGE, alone, draw_prompt, pack, packed_logprobs
 from tests.tiny import packed_vision_model, tiny_llama, tiny_vision_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -10,18 +10,19 @@ import torch
 from transformers import Qwen2VLImageProcessorPil
 
 from recap_fast.config import ModelConfig, RolloutConfig
-from recap_fast.images import ImageEncoder
-from recap_fast.metrics import read_metrics
-from recap_fast.model import load_policy, load_tokenizer
+from recap_fast.data.images import ImageEncoder
+from recap_fast.model.policy import load_policy, load_tokenizer
+from recap_fast.model.vision import MODEL_TYPES
+from recap_fast.report.metrics import read_metrics
 from recap_fast.rollout.embedded import inference_state
+from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync, weight_differences
-from recap_fast.rollout.protocol import EngineError, iter_weights, make_engine
+from recap_fast.rollout.protocol import EngineError, iter_weights
 from recap_fast.rollout.vllm import why_unavailable
 from recap_fast.types import Prompt, SamplingSpec
-from recap_fast.vision import MODEL_TYPES
 from tests.rollout.vllm_vision import vllm_takes_images
-from tests.test_vision_training import run, vision_config
 from tests.tiny import save_tiny_vision_model
+from tests.training.test_vision_training import run, vision_config
 from tests.vision_rows import picture, vision_tokens
 
 # Head size 32, which vLLM's attention supports on a CPU.

@@ -1,0 +1,29 @@
+"""Weights of the objectives from their recent values, on the device and without a host sync.
+
+RECAP, and eight methods to compare it with, behind one interface.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recap_fast.lazy import hand_on
+
+if TYPE_CHECKING:
+    from recap_fast.reweighting.base import Reweighter
+    from recap_fast.reweighting.recap import RecapReweighter, make_reweighter
+
+__all__ = [
+    "RecapReweighter",
+    "Reweighter",
+    "make_reweighter",
+]
+
+__getattr__ = hand_on(
+    __name__,
+    {
+        "RecapReweighter": "recap",
+        "Reweighter": "base",
+        "make_reweighter": "recap",
+    },
+)

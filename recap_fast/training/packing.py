@@ -1,0 +1,249 @@
+"""Packs rollouts and supervised rows into flat batches without padding.
+
+Everything that the device needs is decided here, on the host, from masks and rewards: which
+sequences carry a gradient, which hidden states enter the loss, and the denominators. After the
+upload nothing has to be asked back. A prompt that several rollouts share is packed once, with its
+images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_fast.model.attention import SDPA, Backend, build_layout
+from recap_fast.model.attention_layout import Segment
+from recap_fast.model.batch import PackedBatch
+from recap_fast.model.vision import VisionAdapter, VisionError
+from recap_fast.ops.loss_config import PolicyLossConfig
+from recap_fast.types import ImageInput, Rollout, SupervisedRow
+
+
+@dataclass(frozen=True, slots=True)
+class PackedUpdate:
+    """All passes of one optimizer step, and what they share. S sequences, K objectives."""
+
+    batches: list[PackedBatch]
+    advantages: Tensor  # [S, K] float32; NaN where the objective is absent
+    denominators: Tensor  # [K] float32
+    kl_denominator: Tensor  # [] float32
+    counts: Tensor  # [K] float32, like the denominators but 0 where an objective is absent
+    num_policy_tokens: int  # that enter the loss, over all batches
+    num_packed_tokens: int
+
+    def to(self, device: torch.device) -> PackedUpdate:
+        return replace(
+            self,
+            batches=[batch.to(device) for batch in self.batches],
+            advantages=self.advantages.to(device, non_blocking=True),
+            denominators=self.denominators.to(device, non_blocking=True),
+            kl_denominator=self.kl_denominator.to(device, non_blocking=True),
+            counts=self.counts.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    index: int  # row of `advantages`
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float] | None  # None: supervised
+    objective: int  # -1: policy
+    group: int  # sequences of a group share their prompt; -1: shares with none
+    images: tuple[ImageInput, ...]  # of the prompt
+    row: str  # for messages
+
+
+def pack_update(
+    rollouts: Sequence[Rollout],
+    advantages: np.ndarray,
+    supervised: Sequence[SupervisedRow],
+    supervised_objectives: Sequence[int],
+    *,
+    config: PolicyLossConfig,
+    max_tokens: int,
+    share_prefixes: bool = True,
+    attention: Backend = SDPA,
+    vision: VisionAdapter | None = None,
+) -> PackedUpdate:
+    """Packs the rows of one optimizer step.
+
+    Rollouts whose advantages are all zero, or absent, have no gradient when there is neither a KL
+    nor an entropy term. They are left out of the batches, and counted in the denominators.
+
+    Args:
+        advantages: [S, K] float32 of the rollouts, NaN where the objective is absent.
+        supervised_objectives: for each supervised row the objective its tokens belong to.
+        max_tokens: packed tokens in one batch at most.
+        share_prefixes: whether rollouts of a group share their prompt's tokens.
+        attention: what the batches are laid out for; all models that run them must be able to.
+        vision: the model's adapter, if it has one.
+
+    Raises:
+        ValueError: a sequence alone has more than `max_tokens` tokens.
+        VisionError: a row's images do not fit its tokens, or the model takes none.
+    """
+    num_objectives = advantages.shape[1]
+    sequences = _to_sequences(rollouts, supervised, supervised_objectives)
+    table = np.full((len(sequences), num_objectives), np.nan, dtype=np.float32)
+    table[: len(rollouts)] = advantages
+    has_signal = np.any(np.nan_to_num(table), axis=1).tolist()
+    keep_all = bool(config.kl_coef or config.entropy_coef)
+    kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
+    batches = [
+        _pack(chunk, share_prefixes, attention, vision)
+        for chunk in _split(kept, max_tokens, share_prefixes)
+    ]
+    counts = torch.from_numpy(_counts(sequences, table, config))
+    return PackedUpdate(
+        batches=batches,
+        advantages=torch.from_numpy(table),
+        counts=counts,
+        denominators=counts.clamp(min=1.0),
+        kl_denominator=torch.tensor(float(_count(sequences[: len(rollouts)], config))),
+        num_policy_tokens=sum(len(s.completion) for s in kept if s.objective < 0),
+        num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
+    )
+
+
+def _to_sequences(
+    rollouts: Sequence[Rollout],
+    supervised: Sequence[SupervisedRow],
+    supervised_objectives: Sequence[int],
+) -> list[_Sequence]:
+    sequences = [
+        _Sequence(
+            i, r.prompt.token_ids, r.token_ids, r.logprobs, -1, r.group, r.prompt.images,
+            f"{r.prompt.source}:{r.prompt.row}",
+        )
+        for i, r in enumerate(rollouts)
+    ]  # fmt: skip
+    for row, objective in zip(supervised, supervised_objectives, strict=True):
+        split = row.num_prompt_tokens
+        ids = row.token_ids
+        sequences.append(
+            _Sequence(
+                len(sequences), ids[:split], ids[split:], None, objective, -1, row.images,
+                f"{row.source}:{row.row}",
+            )
+        )  # fmt: skip
+    return sequences
+
+
+def _count(sequences: Sequence[_Sequence], config: PolicyLossConfig) -> int:
+    if config.aggregation == "token":
+        return sum(len(s.completion) for s in sequences)
+    return sum(bool(s.completion) for s in sequences)
+
+
+def _counts(
+    sequences: Sequence[_Sequence], table: np.ndarray, config: PolicyLossConfig
+) -> np.ndarray:
+    """[K] tokens (or sequences) to which each objective applies."""
+    counts = np.zeros(table.shape[1], dtype=np.float32)
+    for sequence in sequences:
+        amount = _count([sequence], config)
+        if sequence.objective >= 0:
+            counts[sequence.objective] += amount
+        else:
+            counts += amount * ~np.isnan(table[sequence.index])
+    return counts
+
+
+def _split(
+    sequences: Sequence[_Sequence], max_tokens: int, share_prefixes: bool
+) -> Iterator[list[_Sequence]]:
+    """Greedy, in order, so that a group stays together as far as it fits."""
+    chunk: list[_Sequence] = []
+    used, group = 0, -1
+    for sequence in sequences:
+        alone = len(sequence.prompt) + len(sequence.completion) - 1
+        shares = share_prefixes and sequence.group >= 0 and sequence.group == group
+        cost = len(sequence.completion) - 1 if shares else alone
+        if alone > max_tokens:
+            raise ValueError(
+                f"one sequence has {alone} tokens, training.max_tokens is {max_tokens}"
+            )
+        if chunk and used + cost > max_tokens:
+            yield chunk
+            chunk, used, cost = [], 0, alone
+        chunk.append(sequence)
+        used += cost
+        group = sequence.group
+    if chunk:
+        yield chunk
+
+
+def _pack(
+    sequences: Sequence[_Sequence],
+    share_prefixes: bool,
+    attention: Backend,
+    vision: VisionAdapter | None,
+) -> PackedBatch:
+    """Lays sequences end to end. The last token of each predicts nothing and is left out."""
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    segments: list[Segment] = []
+    hidden_index: list[int] = []
+    images: list[ImageInput] = []
+    image_index: list[int] = []
+    group, prefix, next_position = -1, range(0), 0
+    for sequence in sequences:
+        own = sequence.completion[:-1]
+        shares = share_prefixes and sequence.group >= 0
+        if not (shares and sequence.group == group):
+            group = sequence.group
+            prefix = range(len(ids), len(ids) + len(sequence.prompt))
+            ids += sequence.prompt
+            positions.append(_prompt_positions(sequence, vision))
+            next_position = int(positions[-1].max()) + 1
+            if vision is not None and sequence.images:
+                images += sequence.images
+                places = vision.image_positions(sequence.prompt)
+                image_index += [prefix.start + place for place in places]
+            if shares:
+                segments.append(Segment(range(0), prefix))
+        start = len(ids)
+        ids += own
+        following = torch.arange(next_position, next_position + len(own))
+        positions.append(following.expand(*positions[0].shape[:-1], -1))
+        tail = range(start, start + len(own))
+        if not shares:
+            segments.append(Segment(range(0), range(prefix.start, tail.stop)))
+        elif own:
+            segments.append(Segment(prefix, tail))
+        hidden_index += [prefix.stop - 1, *tail]
+    return PackedBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.cat(positions, dim=-1),
+        layout=build_layout(segments, attention),
+        hidden_index=torch.tensor(hidden_index),
+        targets=torch.tensor([t for s in sequences for t in s.completion]),
+        sequence_ids=_repeat([s.index for s in sequences], sequences),
+        token_objectives=_repeat([s.objective for s in sequences], sequences),
+        rollout_logprobs=torch.tensor(
+            [p for s in sequences for p in (s.logprobs or [0.0] * len(s.completion))]
+        ),
+        images=vision.pack(images, image_index) if vision is not None and images else None,
+    )
+
+
+def _prompt_positions(sequence: _Sequence, vision: VisionAdapter | None) -> Tensor:
+    """[P], or [3, P] with an adapter."""
+    if vision is None:
+        if sequence.images:
+            raise VisionError(f"row {sequence.row} has images, but the model takes none")
+        return torch.arange(len(sequence.prompt))
+    try:
+        return vision.positions(sequence.prompt, sequence.images)
+    except VisionError as error:
+        raise VisionError(f"row {sequence.row}: {error}") from error
+
+
+def _repeat(values: Sequence[int], sequences: Sequence[_Sequence]) -> Tensor:
+    lengths = torch.tensor([len(s.completion) for s in sequences])
+    return torch.tensor(values, dtype=torch.int32).repeat_interleave(lengths)

@@ -1,0 +1,100 @@
+"""Decides whether a run may start in its folder, or from which checkpoint it continues."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from pathlib import Path
+from typing import IO
+
+from recap_fast.config import ConfigError, TrainConfig, load_config
+from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+_OWN_NAMES = (
+    "config.yaml", "machine.json", "metrics.jsonl", "samples.jsonl", "report.html",
+    "checkpoints", "plots", "tensorboard", "wandb",
+)  # fmt: skip
+"""What a run writes. --overwrite removes these and nothing else."""
+
+
+def prepare_folder(
+    config: TrainConfig, run_dir: Path, resume: bool, overwrite: bool
+) -> Path | None:
+    """Returns the checkpoint to resume from, if any. Removes nothing.
+
+    Raises:
+        CheckpointError: nothing to resume, or nothing left to do.
+        ConfigError: a folder that holds another run or cannot be made, or both flags at once.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite removes it: give one of them")
+    used = (run_dir / "config.yaml").exists()
+    if resume:
+        if not used:
+            raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
+        checkpoint = latest_checkpoint(run_dir / "checkpoints")
+        _check_resumable(config, run_dir, int(checkpoint.name.removeprefix("step-")))
+        return checkpoint
+    if used and not overwrite:
+        raise ConfigError(
+            f"run: {run_dir} already holds a run: --resume continues it, --overwrite removes it, "
+            f"--set run=FOLDER starts another"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run: {run_dir} cannot be made a folder: {error.strerror}") from None
+    return None
+
+
+def lock_folder(run_dir: Path) -> IO[bytes]:
+    """Keeps other processes from training in a folder until the returned file is closed, or this
+    process ends, however it ends.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    file = (run_dir / ".lock").open("wb")  # stays: removing it would let two processes lock two
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"run: another process is training in {run_dir}") from None
+    except OSError as error:  # some network file systems
+        logger.warning("%s cannot be locked (%s): start no second run in it", run_dir, error)
+    return file
+
+
+def clear_folder(run_dir: Path) -> None:
+    """Removes what an earlier run wrote. Called when everything else is known to work."""
+    for name in _OWN_NAMES:
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
+    if step >= config.training.steps:
+        raise CheckpointError(
+            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done. "
+            f"Ask for more with --set training.steps=N"
+        )
+    before = load_config(run_dir / "config.yaml")
+    if before.objectives != config.objectives:
+        old, new = ([o.name for o in c.objectives] for c in (before, config))
+        raise ConfigError(f"run: {run_dir} was trained on objectives {old}, not on {new}")
+    if before.reweighting != config.reweighting:
+        raise ConfigError(
+            f"reweighting: {run_dir} was trained with {before.reweighting!r}, whose windows do "
+            f"not fit {config.reweighting!r}"
+        )
+    old_settings, new_settings = (c.model_dump(mode="json") for c in (before, config))
+    changed = [key for key, value in new_settings.items() if value != old_settings[key]]
+    if changed:
+        logger.warning("resuming with other settings under: %s", ", ".join(changed))

@@ -1,0 +1,98 @@
+"""What a training step reports: figures from the device in one copy, and those the host has.
+
+Shapes: S rollouts, K objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from recap_fast.reweighting.recap import Reweighter
+from recap_fast.training.optimization import UpdateStats
+from recap_fast.training.packing import PackedUpdate
+from recap_fast.types import Objective, RewardTable, Rollout
+
+
+def device_metrics(
+    names: Sequence[str], reweighter: Reweighter, stats: UpdateStats
+) -> dict[str, float]:
+    """The step's one copy from the device."""
+    per_objective = {
+        "weight": reweighter.weights,
+        "rate": reweighter.rates,
+        "instability": reweighter.instabilities,
+        "loss": stats.objective_losses,
+        "clip_fraction": stats.clip_fraction,
+    }
+    scalars = {
+        "entropy": stats.entropy,
+        "kl": stats.kl,
+        "grad_norm": stats.grad_norm,
+        "skipped_updates": stats.skipped,
+        "rollout/logprob_diff_mean": stats.logprob_diff_mean,
+        "rollout/logprob_diff_max": stats.logprob_diff_max,
+    }
+    names = [f"{kind}/{name}" for kind in per_objective for name in names] + [*scalars]
+    values = torch.cat([*per_objective.values(), torch.stack([*scalars.values()])])
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def host_metrics(
+    objectives: Sequence[Objective],
+    rollouts: Sequence[Rollout],
+    rewards: RewardTable,
+    updates: Sequence[PackedUpdate],
+    skipped: Mapping[str, int],
+) -> dict[str, float]:
+    """Everything else that a step reports, from what the host knows."""
+    metrics: dict[str, float] = {}
+    means = column_means(rewards.values)
+    zero_std = _zero_std_fractions(rollouts, rewards.values)
+    for k, objective in enumerate(objectives):
+        if objective.kind == "reward":
+            name = objective.name
+            metrics[f"reward/{name}"] = float(means[k])
+            metrics[f"zero_std_fraction/{name}"] = zero_std[k]
+    if rollouts:
+        lengths = [len(r.token_ids) for r in rollouts]
+        metrics["rollout/completion_tokens"] = float(np.mean(lengths))
+        cut = [r.finish_reason == "length" for r in rollouts]
+        metrics["rollout/truncated_fraction"] = float(np.mean(cut))
+    metrics["train/policy_tokens"] = sum(u.num_policy_tokens for u in updates)
+    metrics["train/packed_tokens"] = sum(u.num_packed_tokens for u in updates)
+    metrics |= {f"failed/{key}": count for key, count in rewards.failures.items()}
+    metrics |= {f"skipped/{key}": count for key, count in skipped.items()}
+    return metrics
+
+
+def column_means(values: np.ndarray) -> np.ndarray:
+    """[S, K] -> [K] mean over the rows that are present; NaN where none is."""
+    present = ~np.isnan(values)
+    count = present.sum(0)
+    sums = np.where(present, values, 0).sum(0, dtype=np.float64)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+def column_deviations(values: np.ndarray) -> np.ndarray:
+    """[S, K] -> [K] unbiased standard deviation over the rows that are present; else NaN."""
+    present = ~np.isnan(values)
+    count = present.sum(0)
+    centred = np.where(present, values - column_means(values), 0)
+    variance = np.square(centred, dtype=np.float64).sum(0) / np.maximum(count - 1, 1)
+    return np.where(count > 1, np.sqrt(variance), np.nan).astype(np.float32)
+
+
+def _zero_std_fractions(rollouts: Sequence[Rollout], values: np.ndarray) -> list[float]:
+    """Per objective, the share of groups whose rewards are all equal; NaN without groups."""
+    groups = np.array([r.group for r in rollouts])
+    flat: list[list[bool]] = [[] for _ in range(values.shape[1])]
+    for group in np.unique(groups):
+        rows = values[groups == group]
+        for k, column in enumerate(rows.T):
+            present = column[~np.isnan(column)]
+            if len(present):
+                flat[k].append(bool(np.ptp(present) == 0))
+    return [float(np.mean(found)) if found else float("nan") for found in flat]

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from threading import Lock
+
+import numpy as np
+import pytest
+
+from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
+from recap_fast.rewards.scorer import BUILTIN, RewardError, RewardScorer, resolve
+from recap_fast.types import Objective, Prompt, Rollout
+
+CASES = "tests.rewards.reward_cases"
+
+
+def source(rewards, name="s", **keys):
+    if "reasoning_gym" not in keys:
+        keys["path"] = "rows.jsonl"
+    return SourceConfig(name=name, kind="rl", rewards=rewards, **keys)
+
+
+def rollout(text, answer="4", source_name="s", entry=None, group=0):
+    prompt = Prompt(source_name, 0, [1], "q", answer, entry or {"answer": answer})
+    return Rollout(prompt, group, [1, 2], [0.0, 0.0], "stop", text)
+
+
+def objectives(*names):
+    return [Objective(name, "reward") for name in names]
+
+
+def scorer(rewards, names=("r",), **config):
+    config = {"workers": 2, "timeout": 1.0, "max_failure_fraction": 1.0, **config}
+    return RewardScorer([source(rewards)], objectives(*names), RewardsConfig(**config))
+
+
+def test_accuracy_knows_the_options_of_its_source():
+    rows = [{"answer": 1, "options": ["left", "right"]}, {"answer": "7", "options": None}]
+    rollouts = [
+        rollout("<answer>(B)</answer>", 1, entry=rows[0]),
+        rollout("<answer>left</answer>", 1, entry=rows[0]),
+        rollout("<answer>7</answer>", "7", entry=rows[1]),
+    ]
+    asked = source({"r": "accuracy"}, choices="options")
+    with RewardScorer([asked], objectives("r"), RewardsConfig(timeout=30)) as scoring:
+        assert scoring.score(rollouts, 10).values[:, 0].tolist() == [1, 0, 1]
+
+
+# -- from a name to a function
+
+
+def test_resolve():
+    assert resolve("accuracy") == (BUILTIN["accuracy"], {})
+    function, parameters = resolve(
+        RewardSpec(function=f"{CASES}:scaled", parameters={"factor": 2.0})
+    )
+    assert function.__name__ == "scaled"
+    assert parameters == {"factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("acuracy", "no reward 'acuracy'; did you mean 'accuracy'"),
+        ("xyz", "built in are accuracy, thinking_format"),
+        ("no_such_module:f", "module 'no_such_module' cannot be imported: ModuleNotFoundError"),
+        (":f", "module '' cannot be imported"),
+        (f"{CASES}:misbehav", "has no 'misbehav'; did you mean 'misbehave'"),
+        (f"{CASES}:not_callable", "is int, which cannot be called"),
+        (f"{CASES}:scaled", "missing a required argument: 'factor'"),
+        (RewardSpec(function="overlong", parameters={"bufer": 3}), "parameters are: max_length, b"),
+        (
+            RewardSpec(function="iou", parameters={"units": "percent"}),
+            "parameter units is one of pixels, fraction, thousandths; got 'percent'",
+        ),
+        (RewardSpec(function="iou", parameters={"box_format": "yxyx"}), "xyxy, xywh; got 'yxyx'"),
+    ],
+)
+def test_unusable_reward_is_refused_at_the_start(spec, expected):
+    with pytest.raises(RewardError) as caught:
+        RewardScorer([source({"r": spec})], objectives("r"), RewardsConfig())
+    assert expected in str(caught.value)
+    assert "source 's', objective 'r'" in str(caught.value)
+
+
+def test_module_that_fails_to_import(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("raise OSError('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RewardError, match=r"OSError: no licence .*broken_rewards.py:1"):
+        resolve("broken_rewards:f")
+
+
+def test_modules_in_the_current_folder_are_found(tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def half(sample):\n    return 0.5\n")
+    code = (
+        "import sys; sys.path.remove('')\n"
+        "from recap_fast.rewards.scorer import resolve\n"
+        "print(resolve('my_rewards:half')[0](None))"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "0.5", result.stderr
+
+
+def test_workers_need_no_torch():
+    code = (
+        "import recap_fast.rewards.scorer, sys; "
+        "print('torch' in sys.modules, 'sympy' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+# -- the table
+
+
+def test_table_has_nan_where_a_source_does_not_carry_an_objective():
+    sources = [
+        source({"accuracy": "accuracy", "format": "answer_format"}, "a"),
+        source({"format": "answer_format"}, "b"),
+        SourceConfig(name="c", kind="sft", path="rows.jsonl"),
+    ]
+    columns = [Objective("ntp", "loss"), *objectives("format", "accuracy")]
+    rollouts = [
+        rollout("<answer>4</answer>", source_name="a"),
+        rollout("<answer>5</answer>", source_name="a"),
+        rollout("4", source_name="b"),
+    ]
+    with RewardScorer(sources, columns, RewardsConfig()) as scores:
+        table = scores.score(rollouts, 16)
+        again = scores.score(rollouts, 16)
+        empty = scores.score([], 16)
+    nan = np.nan
+    expected = np.array([[nan, 1, 1], [nan, 1, 0], [nan, 0, nan]], dtype=np.float32)
+    np.testing.assert_array_equal(table.values, expected)
+    np.testing.assert_array_equal(again.values, expected)
+    assert table.values.dtype == np.float32
+    assert table.failures == {}
+    assert empty.values.shape == (0, 3)
+
+
+def test_sources_may_compute_one_objective_differently():
+    sources = [
+        source({"r": RewardSpec(function=f"{CASES}:scaled", parameters={"factor": 1})}, "a"),
+        source({"r": RewardSpec(function=f"{CASES}:scaled", parameters={"factor": 10})}, "b"),
+    ]
+    rollouts = [rollout("xx", source_name="a"), rollout("xx", source_name="b")]
+    with RewardScorer(sources, objectives("r"), RewardsConfig()) as scores:
+        assert scores.score(rollouts, 16).values[:, 0].tolist() == [2.0, 20.0]
+
+
+def test_reasoning_gym_reward_knows_its_source():
+    gym = source({"r": "reasoning_gym"}, reasoning_gym="chain_sum", parameters={"max_terms": 2})
+    rows = [rollout("<answer>+4.0</answer>", entry={"answer": "4"})]
+    with RewardScorer([gym], objectives("r"), RewardsConfig()) as scores:
+        assert scores.score(rows, 16).values.tolist() == [[1.0]]
+
+
+def test_no_workers_without_rewards():
+    sft = SourceConfig(name="c", kind="sft", path="rows.jsonl")
+    with RewardScorer([sft], [Objective("ntp", "loss")], RewardsConfig()) as scores:
+        assert scores.score([], 16).values.shape == (0, 1)
+
+
+# -- what goes wrong
+
+
+@pytest.fixture(scope="module")
+def cases():
+    with scorer({"r": f"{CASES}:misbehave"}) as scores:
+        yield scores
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", 1.0), ("numpy", 0.5), ("numpy_bool", 1.0), ("int", 3.0), ("none", np.nan)],
+)
+def test_values_that_are_fine(cases, text, value):
+    table = cases.score([rollout(text)], 16)
+    np.testing.assert_array_equal(table.values, np.float32([[value]]))
+    assert table.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("raise", "raised"),
+        ("exit", "raised"),
+        ("text", "invalid"),
+        ("list", "invalid"),
+        ("nan", "invalid"),
+        ("inf", "invalid"),
+        ("huge", "invalid"),
+        ("hang", "timeout"),
+        ("stubborn", "timeout"),
+        ("die", "crashed"),
+        ("quit", "timeout"),
+    ],
+)
+def test_failure_concerns_one_rollout_only(cases, text, kind):
+    texts = ["ok"] * 16
+    texts[5] = text
+    table = cases.score([rollout(text) for text in texts], 16)
+    expected = np.full((16, 1), 0.25, dtype=np.float32)
+    expected[5] = np.nan
+    np.testing.assert_array_equal(table.values, expected)
+    assert table.failures == {f"r/{kind}": 1}
+    assert cases.failures[f"r/{kind}"] >= 1
+
+
+def test_first_error_is_kept_with_its_place():
+    with scorer({"r": f"{CASES}:misbehave"}) as scores:
+        scores.score([rollout("raise"), rollout("text")], 16)
+        assert " KeyError: 'gone' (" in scores.first_errors["r/raised"]
+        assert scores.first_errors["r/raised"].startswith("row ")
+        assert "reward_cases.py:" in scores.first_errors["r/raised"]
+        assert "got str '1.0'" in scores.first_errors["r/invalid"]
+
+
+def test_other_objectives_of_a_failing_rollout_survive():
+    with scorer({"r": f"{CASES}:misbehave", "f": "answer_format"}, ("r", "f")) as scores:
+        table = scores.score([rollout("hang"), rollout("<answer>1</answer>")], 16)
+    np.testing.assert_array_equal(table.values, np.float32([[np.nan, 0], [0.25, 1]]))
+
+
+def test_hung_and_killed_workers_are_gone():
+    with scorer({"r": f"{CASES}:misbehave", "pid": f"{CASES}:process"}, ("r", "pid")) as scores:
+        before = set(scores.score([rollout("ok")] * 20, 16).values[:, 1].astype(int))
+        scores.score([rollout("hang"), rollout("stubborn")], 16)
+        for process in before:
+            with pytest.raises(ProcessLookupError):
+                os.kill(process, 0)
+        assert scores.score([rollout("ok")], 16).values[0, 0] == 0.25
+
+
+def test_idle_workers_that_the_system_kills_are_replaced():
+    with scorer({"r": f"{CASES}:misbehave", "pid": f"{CASES}:process"}, ("r", "pid")) as scores:
+        for process in set(scores.score([rollout("ok")] * 20, 16).values[:, 1].astype(int)):
+            os.kill(int(process), signal.SIGKILL)
+        time.sleep(0.3)  # the pool notices, and gives up
+        table = scores.score([rollout("ok")] * 8, 16)
+    assert table.values[:, 0].tolist() == [0.25] * 8
+
+
+def test_rows_that_cannot_be_sent_fail_alone():
+    rows = [rollout("ok"), rollout("ok", entry={"lock": Lock()})]
+    with scorer({"r": f"{CASES}:misbehave"}) as scores:
+        table = scores.score(rows, 16)
+    np.testing.assert_array_equal(table.values, np.float32([[0.25], [np.nan]]))
+    assert table.failures == {"r/raised": 1}
+
+
+def test_slow_rewards_do_not_time_out_as_a_batch():
+    rows = [rollout("")] * 16
+    with scorer({"r": f"{CASES}:slow"}, workers=1, timeout=0.6) as scores:
+        jobs = scores._collect(rows, 16).jobs
+        assert {len(batch) for batch in scores._batches(jobs)} == {4}  # 0.8 s
+        table = scores.score(rows, 16)
+        assert {len(batch) for batch in scores._batches(jobs)} == {1}
+    assert table.values.min() == 1.0
+    assert table.failures == {}
+
+
+@pytest.mark.parametrize(("failing", "stops"), [(1, False), (2, False), (3, True)])
+def test_too_many_failures_stop_the_run(failing, stops):
+    rows = [rollout("raise")] * failing + [rollout("ok")] * (10 - failing)
+    with scorer({"r": f"{CASES}:misbehave"}, max_failure_fraction=0.2) as scores:
+        if stops:
+            with pytest.raises(RewardError, match=r"'r' failed for 3 of 10 .*KeyError: 'gone'"):
+                scores.score(rows, 16)
+        else:
+            assert scores.score(rows, 16).failures == {"r/raised": failing}
+
+
+def test_close_does_not_wait_for_hung_workers():
+    scores = scorer({"r": f"{CASES}:misbehave"}, timeout=60.0)
+    scores._submit([(0, scores._collect([rollout("hang")], 16).jobs[0][1])])
+    time.sleep(0.5)
+    start = time.perf_counter()
+    scores.close()
+    assert time.perf_counter() - start < 10.0
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from recap_fast.config import RewardsConfig, SourceConfig\n"
+        "from recap_fast.rewards.scorer import RewardScorer\n"
+        "from recap_fast.types import Objective\n"
+        "rewards = {'f': 'answer_format'}\n"
+        "source = SourceConfig(name='s', kind='rl', path='x.jsonl', rewards=rewards)\n"
+        "RewardScorer([source], [Objective('f', 'reward')], RewardsConfig())\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr[result.stderr.rindex("RewardError") :].splitlines()[0]
+    assert 'needs `if __name__ == "__main__":`' in last

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from recap_fast.model.policy import Policy
+from recap_fast.ops import fused_linear_policy_loss, logprobs, policy_loss
+from recap_fast.ops.launch import recording
+from recap_fast.training.optimization import PolicyOptimizer, learning_rate
+from recap_fast.training.packing import PackedUpdate, pack_update
+from tests.no_sync import ForbidHostSync
+from tests.tiny import tiny_config, tiny_llama, tiny_policy
+from tests.training.test_packing import make_rows
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path, tmp_path)
+
+
+def make_update(config, max_tokens: int = 1000, seed: int = 3, **loss) -> PackedUpdate:
+    rollouts, advantages, rows = make_rows(seed, 2, 4, 2)
+    return pack_update(
+        rollouts, advantages, rows, [2, 2],
+        config=replace(config.loss, **loss), max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+def parameters(policy: Policy) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in policy.model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_host_sync_from_upload_to_the_end_of_the_step(config, dtype):
+    policy = tiny_policy(dtype=dtype)
+    optimizer = PolicyOptimizer(policy, tiny_policy(seed=1), config)
+    update = make_update(config, max_tokens=60, kl_coef=0.1)
+    assert len(update.batches) > 1
+    before = parameters(policy)
+    weights = torch.ones(3)
+    with ForbidHostSync():
+        stats = optimizer.step(update.to(policy.device), weights, 1e-3)
+    assert stats.grad_norm.item() > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Lets "auto" choose on a CPU what it chooses on CUDA."""
+    for module in (policy_loss, logprobs):
+        monkeypatch.setattr(module, "resolve_impl", lambda *_: "triton")
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_no_host_sync_around_the_kernels(config):
+    policy = tiny_policy()
+    optimizer = PolicyOptimizer(policy, tiny_policy(seed=1), config)
+    update = make_update(config, max_tokens=60, kl_coef=0.1)
+    launches = []
+    # The interpreter would read its operands on the host: launches are recorded, not run.
+    with ForbidHostSync(), recording(launches.append):
+        optimizer.step(update.to(policy.device), torch.ones(3), 1e-3)
+    names = {launch.kernel.__name__ for launch in launches}
+    assert names == {"policy_loss_kernel", "logprobs_kernel"}
+
+
+def test_kernels_make_the_same_step(config, request):
+    # With its usual eps AdamW's first step is lr times a sign: roundings of tiny gradients show.
+    optimizer = config.optimizer.model_copy(update={"eps": 1.0})
+    config = config.model_copy(update={"optimizer": optimizer})
+    results = []
+    for kernels in (False, True):
+        if kernels:
+            request.getfixturevalue("as_on_cuda")
+        policy = tiny_policy()
+        optimizer = PolicyOptimizer(policy, tiny_policy(seed=1), config)
+        update = make_update(config, max_tokens=60, kl_coef=0.1)
+        stats = optimizer.step(update, torch.tensor([0.5, 1.5, 1.0]), 1.0)
+        results.append([stats.objective_losses, stats.kl, stats.grad_norm, *parameters(policy)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_no_host_sync_on_cuda(config):
+    policy = tiny_policy(dtype=torch.bfloat16)
+    policy.model.cuda()
+    policy = Policy(policy.model, torch.bfloat16)
+    optimizer = PolicyOptimizer(policy, None, config)
+    weights = torch.ones(3, device="cuda")
+    optimizer.step(make_update(config).to(policy.device), weights, 1e-3)  # lazy initialisation
+    update = make_update(config, seed=4).to(policy.device)
+    torch.cuda.synchronize()
+    with ForbidHostSync("cuda"):
+        stats = optimizer.step(update, weights, 1e-3)
+    assert stats.grad_norm.item() > 0
+
+
+def test_accumulation_equals_one_batch(config):
+    results = []
+    for max_tokens in (60, 1000):
+        policy = tiny_policy()
+        optimizer = PolicyOptimizer(policy, None, config)
+        stats = optimizer.step(make_update(config, max_tokens), torch.tensor([0.5, 1.5, 1.0]), 1e-2)
+        results.append((stats, parameters(policy)))
+    (many, many_parameters), (one, one_parameters) = results
+    for name in ("objective_losses", "entropy", "grad_norm", "logprob_diff_mean",
+                 "logprob_diff_max"):  # fmt: skip
+        torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-4, atol=1e-6)
+    for a, b in zip(many_parameters, one_parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_clipping_and_step_equal_plain_torch(config):
+    """One step equals the reference loss, clip_grad_norm_ and an AdamW without fusion."""
+    policy, plain = tiny_policy(), tiny_policy()
+    update = make_update(config)
+    weights = torch.tensor([0.5, 1.5, 1.0])
+    stats = PolicyOptimizer(policy, None, config).step(update, weights, 1e-3)
+
+    batch = update.batches[0]
+    loss = fused_linear_policy_loss(
+        plain.hidden(batch), plain.head.weight, batch.targets, sequence_ids=batch.sequence_ids,
+        advantages=update.advantages, objective_weights=weights,
+        token_objectives=batch.token_objectives, denominators=update.denominators,
+        config=config.loss, impl="reference",
+    ).loss  # fmt: skip
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.model.parameters(), config.optimizer.max_grad_norm)
+    torch.optim.AdamW(plain.model.parameters(), lr=1e-3, weight_decay=0.0, fused=False).step()
+    torch.testing.assert_close(stats.grad_norm, norm, rtol=1e-4, atol=1e-6)
+    for ours, expected in zip(parameters(policy), parameters(plain), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_large_gradients_are_clipped(config):
+    policy = tiny_policy()
+    update = make_update(config)
+    update = replace(update, advantages=update.advantages * 1e4)
+    optimizer = PolicyOptimizer(policy, None, config)
+    stats = optimizer.step(update, torch.ones(3), 1e-3)
+    assert stats.grad_norm.item() > 100
+    # exp_avg after one step is (1 - beta1) times the clipped gradient.
+    state = [value for key, value in optimizer.named_state() if key.startswith("exp_avg/")]
+    total = math.sqrt(sum((value / 0.1).square().sum().item() for value in state))
+    assert total == pytest.approx(config.optimizer.max_grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_changes_nothing(config, poison):
+    policy = tiny_policy()
+    optimizer = PolicyOptimizer(policy, None, config)
+    optimizer.step(make_update(config), torch.ones(3), 1e-3)
+    before = parameters(policy)
+    state = {key: value.clone() for key, value in optimizer.named_state()}
+    stats = optimizer.step(make_update(config, seed=4), torch.tensor([poison, 1.0, 1.0]), 1e-3)
+    assert stats.skipped.item() == 1
+    for a, b in zip(before, parameters(policy), strict=True):
+        assert torch.equal(a, b)
+    for key, value in optimizer.named_state():
+        assert torch.equal(value, state[key]), key
+    stats = optimizer.step(make_update(config, seed=5), torch.ones(3), 1e-3)
+    assert stats.skipped.item() == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
+
+
+def test_update_without_gradient_leaves_weights_alone(config):
+    rollouts, advantages, _ = make_rows(3, 2, 4, 0)
+    update = pack_update(
+        rollouts, np.zeros_like(advantages), [], [], config=config.loss, max_tokens=1000
+    )
+    policy = tiny_policy()
+    before = parameters(policy)
+    stats = PolicyOptimizer(policy, None, config).step(update, torch.ones(3), 1e-3)
+    assert stats.grad_norm.item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
+
+
+def test_mismatch_is_measured_over_policy_tokens(config):
+    """The engine's log-probs of make_rows are random; the trainer's are recomputed here."""
+    policy = tiny_policy()
+    update = make_update(config)
+    batch = update.batches[0]
+    with torch.no_grad():
+        logits = policy.hidden(batch) @ policy.head.weight.T
+    logprobs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    diff = (logprobs - batch.rollout_logprobs).abs()[batch.token_objectives < 0]
+    stats = PolicyOptimizer(policy, None, config).step(update, torch.ones(3), 1e-3)
+    assert stats.logprob_diff_mean.item() == pytest.approx(diff.mean().item(), rel=1e-4)
+    assert stats.logprob_diff_max.item() == pytest.approx(diff.max().item(), rel=1e-4)
+
+
+def test_reference_enters_the_kl(config, tmp_path):
+    with_kl = tiny_config(tmp_path, tmp_path, "loss.kl_coef=0.5", "model.reference=initial")
+    policy = tiny_policy()
+    update = make_update(config, kl_coef=0.5)
+    same = PolicyOptimizer(policy, tiny_policy(), with_kl).step(update, torch.ones(3), 1e-3)
+    assert same.kl.item() == pytest.approx(0, abs=1e-5)
+    other = PolicyOptimizer(tiny_policy(), tiny_policy(seed=9), with_kl)
+    assert other.step(update, torch.ones(3), 1e-3).kl.item() > 0.01
+
+
+def test_several_updates_use_the_sampled_logprobs(tmp_path):
+    """Off-policy, the ratio is exp(trainer - sampled), which make_rows puts far from 1."""
+    config = tiny_config(tmp_path, tmp_path, "training.updates_per_rollout=2")
+    stats = PolicyOptimizer(tiny_policy(), None, config).step(
+        make_update(config), torch.ones(3), 1e-3
+    )
+    assert stats.clip_fraction[:2].min().item() > 0.1
+    assert stats.clip_fraction[2].item() == 0
+
+
+def test_bfloat16_compute_moves_float32_weights_by_tiny_steps(config):
+    """At lr 1e-7 an update of bf16 weights would vanish."""
+    policy = tiny_policy(dtype=torch.bfloat16)
+    before = parameters(policy)
+    PolicyOptimizer(policy, None, config).step(make_update(config), torch.ones(3), 1e-7)
+    for a, b in zip(before, parameters(policy), strict=True):
+        assert b.dtype == torch.float32
+        assert not torch.equal(a, b)
+
+
+def test_state_round_trip_continues_identically(config):
+    first, second = tiny_llama(), tiny_llama(seed=5)
+    runs = [
+        PolicyOptimizer(Policy(model, torch.float32), None, config) for model in (first, second)
+    ]
+    for model in (first, second):
+        model.set_attn_implementation("recap_packed")
+    runs[0].step(make_update(config), torch.ones(3), 1e-3)
+    second.load_state_dict(first.state_dict())
+    runs[1].load_named_state({key: value.clone() for key, value in runs[0].named_state()})
+    for run in runs:
+        run.step(make_update(config, seed=8), torch.ones(3), 1e-3)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_rises_then_falls_linearly():
+    rates = [learning_rate(step, 20, 1e-6, 0.1) for step in range(20)]
+    assert rates[:3] == pytest.approx([5e-7, 1e-6, 1e-6])
+    assert rates[-1] == pytest.approx(1e-6 / 18)
+    assert np.allclose(np.diff(rates[2:]), -1e-6 / 18)
