@@ -11,9 +11,9 @@ from typing import Any
 from recap_fast.rewards.commitment import claims, commitments, extract_answer, only_number, unboxed
 from recap_fast.rewards.equality import same
 from recap_fast.rewards.notation import clean
-from recap_fast.rewards.numbers import read_number
+from recap_fast.rewards.numbers import is_unit, read_number
 from recap_fast.rewards.options import names_right_options, read_options, right_options
-from recap_fast.rewards.unreadable import Unreadable
+from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import RewardSample
 
 __all__ = ["accuracy", "extract_answer"]
@@ -65,7 +65,7 @@ def accuracy(
             )
         return float(judged)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (parsers raise anything)
-        return Unreadable(f"{type(error).__name__}: {error}"[:300])
+        return Unreadable(describe(error))
 
 
 def read_truths(answer: Any) -> list[str]:
@@ -114,5 +114,8 @@ def _is_right(answer: str, truth: str) -> bool:
         return True
     if read_number(truth, strict=True) is None:
         return False
-    number = only_number(cleaned)
-    return number is not None and same(number, truth)
+    found = only_number(cleaned)
+    if found is None:
+        return False
+    number, unit = found
+    return same(f"{number} {unit}" if is_unit(unit) else number, truth)

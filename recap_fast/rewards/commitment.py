@@ -117,7 +117,7 @@ def _distinct(texts: list[str]) -> list[str]:
 
 _DOUBT = re.compile(
     r"\b(?:not|never|no|none|nor|neither|either|or|cannot|without|nothing|nobody|isnt|except"
-    r"|unless|if|whether|suppose|assume|assuming|maybe|perhaps|possibly|might|may|could|doubt"
+    r"|unless|if|whether|suppose|assume|assuming|maybe|perhaps|possibly|might|(?-i:may)|could|doubt"
     r"|unlikely|impossible|wrong|incorrect|false|rather|instead|but|between|anything|other)\b|n't\b",
     re.IGNORECASE,
 )
@@ -138,7 +138,9 @@ _SAID = re.compile(
     r"(?:equal to\s+|exactly\s+)?",
     re.IGNORECASE,
 )
-_CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore|consequently|then|which)\b[,:]?", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"\b(?:so|thus|hence|therefore|consequently|then|which)\b[,:]?", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+(?=[^\s.!?])|\n+")
 
 
@@ -161,7 +163,7 @@ def claims(text: str) -> Iterator[str]:
         match = _SAID.search(claim)
         if match is None or not _is_mere_words(claim[: match.start()]):
             return
-        claim = claim[match.end() :].strip()
+        claim = _what_is_said(claim, match)
 
 
 def _sentences(text: str) -> list[str]:
@@ -198,7 +200,30 @@ def _last_claim(sentence: str) -> str | None:
         return last if len(concluded) > 1 else None
     if _DOUBT.search(last[: match.start()]):
         return None
-    return last[match.end() :].strip()
+    return _what_is_said(last, match)
+
+
+def _what_is_said(text: str, match: re.Match[str]) -> str:
+    """What follows a verb; of an equation in a sentence the equation."""
+    said = text[match.end() :].strip()
+    left = _left_side(text[: match.start()]) if match[0][0] in "=\\" else ""
+    return f"{left} = {said}" if left else said
+
+
+def _left_side(before: str) -> str:
+    """The formula at the end of a text: "48 + 24" of "she sold 48 + 24"."""
+    tokens = before.split()
+    start = len(tokens)
+    while (
+        start
+        and not _WORD_IN_PROSE.fullmatch(tokens[start - 1])
+        and tokens[start - 1][-1] not in ",;:"
+    ):
+        start -= 1
+    return " ".join(tokens[start:])
+
+
+_WORD_IN_PROSE = re.compile(r"[A-Za-z]?[a-z']+[a-z]")
 
 
 def _is_mere_words(text: str) -> bool:
@@ -207,7 +232,7 @@ def _is_mere_words(text: str) -> bool:
 
 _NUMBER_IN_PROSE = re.compile(
     r"(?<![\w.,^/*+\-\\)(\[{}])[-+]?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s?%?"
-    r"(?![\w^/*+\\)(\[{]|[.,]\d|-\d)"
+    r"(?![\w^/*+\\)(\[{]|[.,]\d|-\d|!\s*\.)"
 )
 _INEXACT = re.compile(
     r"\b(?:more|less|fewer|greater|smaller|larger|bigger) than\b|\bat (?:least|most)\b|\bup to\b"
@@ -216,8 +241,9 @@ _INEXACT = re.compile(
 )
 
 
-def only_number(text: str) -> str | None:
-    """The number of a final statement in words that has no other: "She sold 48 + 24 = 72 clips." """
+def only_number(text: str) -> tuple[str, str] | None:
+    """The number of a final statement in words that has no other, as it is claimed, and the word
+    behind it: "48 + 24 = 72" and "clips" of "She sold 48 + 24 = 72 clips in May." """
     sentences = _sentences(text)
     if not sentences or sentences[-1].endswith("?"):
         return None
@@ -229,5 +255,10 @@ def only_number(text: str) -> str | None:
         return None
     if re.search(r"\\(?![$%,;! ])", after):
         return None
-    found = _NUMBER_IN_PROSE.findall(after)
-    return found[0] if len(found) == 1 and len(re.findall(r"\d[\d.,/]*", after)) == 1 else None
+    found = list(_NUMBER_IN_PROSE.finditer(after))
+    if len(found) != 1 or len(re.findall(r"\d[\d.,/]*", after)) != 1:
+        return None
+    left = _left_side(before) if equals else ""
+    unit = re.match(r"\s*-?([A-Za-z]+|\^\S+)", after[found[0].end() :])
+    number = found[0][0].strip()
+    return f"{left} = {number}" if left else number, unit[1] if unit else ""

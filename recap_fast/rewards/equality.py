@@ -22,7 +22,9 @@ _UNION = re.compile(r"\\cup(?![A-Za-z])|\bU\b")
 _RELATION = re.compile(r"\\(le|ge|ne|approx|equiv)(?![A-Za-z])|([<>])|(?<![<>!:])(=)")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)(?:\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?))?")
+_RATIO = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)(?:\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?))?"
+)
 _MOST_ITEMS = 50
 _YES_NO = {"yes", "no", "true", "false"}
 
@@ -59,9 +61,13 @@ def _is_plain_text(truth: str) -> bool:
     return truth.isascii() and truth.replace(" ", "").isalpha() and not _SEPARATOR.search(truth)
 
 
+_LETTER_LEAD = re.compile(r"^(?:the )?(?:answer|option|choice)\s*:?\s+(?=\S)", re.IGNORECASE)
+
+
 def _is_same_word(answer: str, truth: str) -> bool:
     """A letter as options are named, or a yes or no with its reason."""
     if len(truth) == 1:
+        answer = _LETTER_LEAD.sub("", answer)
         match = re.fullmatch(r"(?:[(\[{]\s*)?([A-Za-z])\s*(?:[)\]}.:]\s*)*", answer)
         if match:
             return match[1].casefold() == truth
@@ -69,7 +75,9 @@ def _is_same_word(answer: str, truth: str) -> bool:
         return (
             match is not None
             and match[1].casefold() == truth
-            and not re.search(r"(?<![A-Za-z'])[B-HJ-Z](?![A-Za-z'])|\b(?:or|not|and [A-Z])\b|[(\[][A-Z]", match[2])
+            and not re.search(
+                r"(?<![A-Za-z'])[B-HJ-Z](?![A-Za-z'])|\b(?:or|not|and [A-Z])\b|[(\[][A-Z]", match[2]
+            )
         )
     if truth in _YES_NO:
         match = re.match(r"([a-z]+)\s*[,.;:-]\s", answer.casefold())
@@ -109,7 +117,9 @@ def _in_brackets(text: str) -> Shape:
         return _listed("set", items) if len(items) > 1 else shape(inner)
     if len(items) == 1:
         is_row = left == "[" and right == "]" and enclosed(inner) and inner[0] == "["
-        return shape(inner) if left + right in ("()", "[]") and not is_row else Shape("one", (text,))
+        return (
+            shape(inner) if left + right in ("()", "[]") and not is_row else Shape("one", (text,))
+        )
     if left + right == "[]" and all(enclosed(item) and item[0] in "[(" for item in items):
         rows = [split_top(item[1:-1], re.compile(r",")) for item in items]
         if len({len(row) for row in rows}) == 1 and all(item[0] == "[" for item in items):
@@ -338,17 +348,27 @@ def _interval(relation: Shape) -> str | None:
     parts, signs = relation.parts, relation.signs
     if not set(signs) <= {"<", ">", "le", "ge"}:
         return None
-    is_name: Callable[[str], bool] = lambda text: re.fullmatch(r"[A-Za-z]|\\[a-z]+", text) is not None  # noqa: E731
+    is_name: Callable[[str], bool] = lambda text: (
+        re.fullmatch(r"[A-Za-z]|\\[a-z]+", text) is not None
+    )  # noqa: E731
     if len(parts) == 3 and is_name(parts[1]):
         (low, _, high), (left, right) = parts, signs
         if left in (">", "ge") and right in (">", "ge"):
             low, high, left, right = high, low, right, left
         elif left in (">", "ge") or right in (">", "ge"):
             return None
-        return ("[" if left[-1] == "e" else "(") + f"{low}, {high}" + ("]" if right[-1] == "e" else ")")
+        return (
+            ("[" if left[-1] == "e" else "(")
+            + f"{low}, {high}"
+            + ("]" if right[-1] == "e" else ")")
+        )
     if len(parts) != 2 or is_name(parts[0]) == is_name(parts[1]):
         return None
-    bound, sign = (parts[1], signs[0]) if is_name(parts[0]) else (parts[0], {"<": ">", ">": "<", "le": "ge", "ge": "le"}[signs[0]])
+    bound, sign = (
+        (parts[1], signs[0])
+        if is_name(parts[0])
+        else (parts[0], {"<": ">", ">": "<", "le": "ge", "ge": "le"}[signs[0]])
+    )
     if sign in ("<", "le"):
         return f"(-\\infty, {bound}" + ("]" if sign == "le" else ")")
     return ("[" if sign == "ge" else "(") + f"{bound}, \\infty)"

@@ -31,7 +31,9 @@ _FUNCTION = re.compile(
     r"|alpha|beta|infty)(?![a-z])"
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
-_STOP_WORD = re.compile(r"(?<![\\A-Za-z])(?:or|and|not|but|is|to|of|if|no|by|it|the|any)(?![A-Za-z])")
+_STOP_WORD = re.compile(
+    r"(?<![\\A-Za-z])(?:or|and|not|but|is|to|of|if|no|by|it|the|any)(?![A-Za-z])"
+)
 _EXPONENT = re.compile(r"\^\s*\{?\s*\(?\s*[-+]?\s*(\d+)")
 _POWER_OF_POWER = re.compile(
     r"\^\s*(?:\{[^{}]*\}|\([^()]*\)|\w+)\s*\^|\^\s*[{(][^{}()]*\^|\)\s*\^\s*\{?\d{3}"
@@ -115,7 +117,9 @@ def proportional(answer: tuple[str, str], truth: tuple[str, str], *, positive: b
     """Whether two relations, by their left and right sides, are the same up to a factor (which
     must be positive: -x < 0 is not x < 0)."""
     sides = [to_latex(side) for side in (*answer, *truth)]
-    if not all(is_readable(s, " ".join(sides[2:])) and (s.isalpha() or is_formula(s)) for s in sides):
+    if not all(
+        is_readable(s, " ".join(sides[2:])) and (s.isalpha() or is_formula(s)) for s in sides
+    ):
         return False
     parsed = [_parse(side) for side in sides]
     if any(p is None for p in parsed):

@@ -36,7 +36,9 @@ def _ascii(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     text = "".join(
-        f" {unicodedata.normalize('NFKC', c)}" if unicodedata.decomposition(c)[:10] == "<fraction>" else c
+        f" {unicodedata.normalize('NFKC', c)}"
+        if unicodedata.decomposition(c)[:10] == "<fraction>"
+        else c
         for c in text
     )  # 2½ is 2 1/2, not 21/2
     text = text.translate(_CHARACTERS)
@@ -95,7 +97,7 @@ def clean(text: str) -> str:
                 break
         for pattern, replacement in _PATTERNS:
             text = pattern.sub(replacement, text)
-    text = " ".join(text.split())
+    text = " ".join(re.sub(r"^#{1,6}\s+", "", text).split())
     for _ in range(4):
         text = _without_quotes(text)
     return text
@@ -129,7 +131,7 @@ _ARTICLE = re.compile(r"(?:the|an?) (?=\w{2})")
 @lru_cache(maxsize=4096)
 def words(text: str) -> str:
     """A text to be compared letter by letter: without case, closing punctuation, the article."""
-    text = clean(text).casefold().rstrip(".,;:? ")
+    text = clean(text).casefold().rstrip(".,;: ")
     if text[-2:-1].isalpha():
         text = text.rstrip("!")
     return _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text

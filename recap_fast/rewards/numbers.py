@@ -100,7 +100,11 @@ def _value(match: re.Match[str]) -> dict[str, object] | None:
     power = match["power"] or match["power2"]
     if power:
         exponent = int(power.replace(" ", ""))
-        return None if abs(exponent) > _LARGEST_EXPONENT else {"value": sign * Fraction(10) ** exponent}
+        return (
+            None
+            if abs(exponent) > _LARGEST_EXPONENT
+            else {"value": sign * Fraction(10) ** exponent}
+        )
     written = match["digits"].replace(",", "").replace(" ", "")
     exponent = int((match["exponent"] or match["times"] or match["times2"] or "0").replace(" ", ""))
     if abs(exponent) > _LARGEST_EXPONENT:
@@ -168,7 +172,10 @@ def same_number(answer: Quantity, truth: Quantity) -> bool:
 def _times(number: Quantity, factor: int) -> Quantity:
     place = None if number.last_place is None else number.last_place * factor
     return Quantity(
-        number.value * factor, is_fraction=number.is_fraction, digits=number.digits, last_place=place
+        number.value * factor,
+        is_fraction=number.is_fraction,
+        digits=number.digits,
+        last_place=place,
     )
 
 
@@ -193,11 +200,22 @@ _ALIASES = {
     "%": "percent percentage pct", "c": "celsius centigrade", "f": "fahrenheit", "k": "kelvin",
     "hz": "hertz", "khz": "kilohertz", "mhz": "megahertz", "j": "joule", "kj": "kilojoule",
     "w": "watt", "kw": "kilowatt", "v": "volt", "a": "ampere amp", "n": "newton", "pa": "pascal",
-    "kpa": "kilopascal", "mol": "mole", "ohm": "omega", "kwh": "", "mph": "", "kmh": "kph",
+    "kpa": "kilopascal", "mol": "mole", "ohm": "omega", "kwh": "", "mph": "", "kph": "", "kmh": "",
     "ev": "", "cal": "calorie", "kcal": "kilocalorie", "atm": "atmosphere", "unit": "",
 }  # fmt: skip
 _UNITS = {word: symbol for symbol, words in _ALIASES.items() for word in [symbol, *words.split()]}
-_SYMBOLS = {"$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "₩": "₩", "D": "$", "R": "€", "P": "£"}
+_SYMBOLS = {
+    "$": "$",
+    "€": "€",
+    "£": "£",
+    "¥": "¥",
+    "₹": "₹",
+    "₩": "₩",
+    "D": "$",
+    "R": "€",
+    "P": "£",
+}
+_SPEEDS = {"mph": ["mi", "/", "h"], "kph": ["km", "/", "h"], "kmh": ["km", "/", "h"]}
 _ATTACHED_LETTERS = set("mgsLlhNVWJKAC")  # one letter right behind a number may be a variable
 _SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -206,7 +224,9 @@ _NOT_IN_UNITS = set(
     "or and not but to than less more fewer if maybe plus minus over times divided nor either isn "
     "is are was wrong no never except x y z i e am pm".split()
 )
-_UNIT_TOKEN = re.compile(r"[^\W\d_]+(?:'s)?|\^\{?\(?-?\d\)?\}?|\^\\circ|\^\{\\circ\}|[%$€£¥₹₩¢/·\"′″]|\\[A-Za-z]+")
+_UNIT_TOKEN = re.compile(
+    r"[^\W\d_]+(?:'s)?|\^\{?\(?-?\d\)?\}?|\^\\circ|\^\{\\circ\}|[%$€£¥₹₩¢/·\"′″]|\\[A-Za-z]+"
+)
 
 
 @lru_cache(maxsize=2048)
@@ -217,7 +237,12 @@ def read_unit(rest: str, *, strict: bool) -> tuple[str, ...] | None:
     if not rest:
         return ()
     tokens = _UNIT_TOKEN.findall(rest)
-    if len(tokens) > 8 or "".join(tokens) != re.sub(r"[\s.()]|\\cdot|-(?=[A-Za-z])", "", rest):
+    if (
+        len(tokens) > 8
+        or tokens[:1]
+        and re.match(r"\^\W*\d", tokens[0])
+        or "".join(tokens) != re.sub(r"[\s.()]|\\cdot|-(?=[A-Za-z])", "", rest)
+    ):
         return None
     if attached and not _may_be_attached(tokens, strict):
         return None
@@ -236,6 +261,8 @@ def read_unit(rest: str, *, strict: bool) -> tuple[str, ...] | None:
             if lower[-1] == "d":
                 unit.append(power)
                 power = ""
+        elif lower in _SPEEDS:
+            unit += _SPEEDS[lower]
         else:
             unit.append(_canonical(lower))
             unit += [power] if power else []
@@ -245,8 +272,15 @@ def read_unit(rest: str, *, strict: bool) -> tuple[str, ...] | None:
     return tuple(unit)
 
 
+def is_unit(word: str) -> bool:
+    """Whether a word is one of the known units or scales."""
+    return _canonical(word.casefold()) in _ALIASES or word.casefold() in _SCALES
+
+
 def _canonical(word: str) -> str:
-    word = {"per": "/", "mins": "min", "hrs": "h", "secs": "s", "ozs": "oz", "yrs": "yr"}.get(word, word)
+    word = {"per": "/", "mins": "min", "hrs": "h", "secs": "s", "ozs": "oz", "yrs": "yr"}.get(
+        word, word
+    )
     if word in _UNITS:
         return _UNITS[word]
     singular = word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] != "s" else word

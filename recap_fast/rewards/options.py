@@ -138,7 +138,9 @@ _LABEL_AND_REST = re.compile(
     r"\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_HEDGE = re.compile(r"\b(?:or|not|nor|neither|either|maybe|perhaps|possibly|wrong|incorrect|false)\b|n't\b", re.I)
+_HEDGE = re.compile(
+    r"\b(?:or|not|nor|neither|either|maybe|perhaps|possibly|wrong|incorrect|false)\b|n't\b", re.I
+)
 
 
 def _by_label_and_text(text: str, options: Options) -> set[int]:

@@ -8,13 +8,13 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recap_fast.config import RewardSpec
 from recap_fast.rewards.functions import BUILTIN
+from recap_fast.rewards.unreadable import describe
 from recap_fast.types import UserError
 
 RewardFunction = Callable[..., Any]
@@ -125,11 +125,3 @@ def _check_words(function: RewardFunction, name: str, parameters: Mapping[str, A
                 f"reward {name!r}: parameter {key} is one of {', '.join(words)}; got "
                 f"{parameters[key]!r}"
             )
-
-
-def describe(error: BaseException) -> str:
-    """Type, text and place of an error, on one line."""
-    text = " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text[:300]}{place}"

@@ -30,8 +30,8 @@ import numpy as np
 
 from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
 from recap_fast.rewards.functions import BUILTIN
-from recap_fast.rewards.resolve import RewardError, RewardFunction, describe, resolve
-from recap_fast.rewards.unreadable import Unreadable
+from recap_fast.rewards.resolve import RewardError, RewardFunction, resolve
+from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import Objective, RewardSample, RewardTable, Rollout
 
 __all__ = ["RewardError", "RewardScorer", "Scoring"]

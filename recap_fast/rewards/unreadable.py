@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class Unreadable(float):
     """The reward 0 for an answer that made a built-in reward raise: a wrong answer like any other
@@ -17,3 +19,11 @@ class Unreadable(float):
         self = super().__new__(cls, 0.0)
         self.reason = reason
         return self
+
+
+def describe(error: BaseException) -> str:
+    """Type, text and place of an error, on one line."""
+    text = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text[:300]}{place}"
