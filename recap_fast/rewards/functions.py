@@ -2,7 +2,7 @@
 
 Each takes a `RewardSample` and parameters by keyword, and returns a number. A truth that it cannot
 use raises: `recap_fast.rewards.scorer` counts that and leaves the reward out. What a model wrote
-never raises: it gets the lowest score.
+never raises: it gets the lowest score, as `Unreadable` where a verifier broke on it.
 
 Reward workers import this module, so it is free of torch, and heavy imports wait until needed.
 """
@@ -10,13 +10,16 @@ Reward workers import this module, so it is free of torch, and heavy imports wai
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from recap_fast.rewards.answers import accuracy, extract_answer
 from recap_fast.rewards.boxes import iou
+from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import RewardSample
 
 _THINKING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
@@ -24,7 +27,8 @@ _THINKING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.
 
 def thinking_format(sample: RewardSample, *, prompt_opens_think: bool = False) -> float:
     """1 if a completion is <think>...</think> and then <answer>...</answer>, each tag exactly
-    once, both with content, and nothing but whitespace around them; else 0.
+    once, both with content (a thought of some letter or digit), and nothing but whitespace around
+    them; else 0.
 
     Args:
         prompt_opens_think: the chat template ends the prompt with "<think>", so the completion
@@ -35,20 +39,27 @@ def thinking_format(sample: RewardSample, *, prompt_opens_think: bool = False) -
     if any(text.count(tag) != 1 for tag in tags):
         return 0.0
     match = _THINKING.fullmatch(text)
-    return float(match is not None and bool(match[1].strip() and match[2].strip()))
+    return float(match is not None and _says_something(match[1]) and _is_visible(match[2]))
+
+
+def _says_something(thought: str) -> bool:
+    return any(map(str.isalnum, thought))
+
+
+def _is_visible(text: str) -> bool:
+    """Whether there is more than spaces and characters without width."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def answer_format(sample: RewardSample) -> float:
-    """1 if a completion has exactly one <answer>...</answer>, with content; else 0. Text around
-    it is allowed."""
-    before, opening, rest = sample.completion.partition("<answer>")
-    inside, closing, after = rest.partition("</answer>")
-    if not opening or not closing or not inside.strip():
+    """1 if a completion has exactly one <answer>...</answer>, with content, which stands in no
+    thought; else 0. Text around it is allowed."""
+    before, _, rest = sample.completion.partition("<answer>")
+    inside, _, after = rest.partition("</answer>")
+    if any(sample.completion.count(tag) != 1 for tag in ("<answer>", "</answer>")):
         return 0.0
-    outside = before + after
-    return float(
-        "<answer>" not in inside and "<answer>" not in outside and "</answer>" not in outside
-    )
+    in_thought = before.rfind("<think>") > before.rfind("</think>") or "</think>" in after
+    return float(_is_visible(inside) and not in_thought)
 
 
 def overlong(
@@ -96,18 +107,54 @@ def reasoning_gym(
                 "the row has no metadata.source_dataset: name the dataset in the reward's "
                 "parameters, e.g. {function: reasoning_gym, parameters: {dataset: chain_sum}}"
             )
-    verifier = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
-    return float(verifier(extract_answer(sample.completion), dict(sample.entry)))
+    verifier, example = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
+    answer = extract_answer(sample.completion)
+    if not answer:
+        return 0.0
+    entry = _with_types_of(example, dict(sample.entry)) if example else dict(sample.entry)
+    try:
+        score = float(verifier(answer, entry))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (verifiers raise anything)
+        return Unreadable(describe(error))
+    return score if math.isfinite(score) else Unreadable(f"the verifier gave {score}")
+
+
+_Verifier = Callable[[str, dict[str, Any]], float]
 
 
 @lru_cache(maxsize=256)
-def _gym_verifier(name: str, parameters: str) -> Callable[[str, dict[str, Any]], float]:
+def _gym_verifier(name: str, parameters: str) -> tuple[_Verifier, Mapping[str, Any] | None]:
+    """A dataset's verifier, and a row as the dataset makes it if that has types which a row does
+    not keep in a file."""
     from reasoning_gym import create_dataset
 
-    score: Callable[[str, dict[str, Any]], float] = create_dataset(
-        name, **json.loads(parameters)
-    ).score_answer
-    return score
+    dataset = create_dataset(name, **json.loads(parameters))
+    made = dataset[0]
+    try:
+        is_kept = json.loads(json.dumps(made)) == made
+    except (TypeError, ValueError):
+        is_kept = True  # such rows cannot be in a file
+    return dataset.score_answer, None if is_kept else made
+
+
+def _with_types_of(example: Any, value: Any) -> Any:
+    """A value that has been through JSON with the example's tuples and keys: verifiers compare
+    with ==, and [1] is not (1,)."""
+    if isinstance(example, tuple | list) and isinstance(value, tuple | list) and example:
+        # Items of one kind, or fields in a fixed order.
+        kinds = example if len(example) == len(value) else [example[0]] * len(value)
+        return type(example)(
+            _with_types_of(kind, item) for kind, item in zip(kinds, value, strict=True)
+        )
+    if isinstance(example, Mapping) and isinstance(value, Mapping) and example:
+        some_key, some_value = next(iter(example.items()))
+        restored = {}
+        for key, item in value.items():
+            if isinstance(some_key, int) and isinstance(key, str) and key.lstrip("-").isdigit():
+                key = int(key)
+            restored[key] = _with_types_of(example.get(key, some_value), item)
+        return restored
+    return value
 
 
 def check_truth(

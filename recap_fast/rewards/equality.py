@@ -1,0 +1,374 @@
+"""Whether an answer is the truth: the whole of one against the whole of the other.
+
+Both are taken apart alike, into lists, sets, intervals, matrices and relations, until single texts,
+numbers and formulas are left to be compared. So a list is never its last item, nor a formula a
+number in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from recap_fast.rewards.dates import read_moment
+from recap_fast.rewards.formulas import is_formula, proportional, same_formula, to_latex
+from recap_fast.rewards.notation import SET_CLOSE, SET_OPEN, clean, enclosed, split_top, words
+from recap_fast.rewards.numbers import is_integer, read_number, same_number
+
+_SEPARATOR = re.compile(r"\s*[,;]\s*(?:and|or)\s+|\s*[,;]\s*|\s+(?:and|or)\s+|\s*&\s*")
+_UNION = re.compile(r"\\cup(?![A-Za-z])|\bU\b")
+_RELATION = re.compile(r"\\(le|ge|ne|approx|equiv)(?![A-Za-z])|([<>])|(?<![<>!:])(=)")
+_MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
+_MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_RATIO = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)(?:\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?))?"
+)
+_MOST_ITEMS = 50
+_YES_NO = {"yes", "no", "true", "false"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a text is made of. `kind` is "one", "list", "set", "tuple", "brackets" ([...]), "["
+    and "(" (half-open intervals, by their closed and open left end), "union", "matrix", "ratio",
+    "relation" (with `signs` between the parts) or "nothing", which equals nothing."""
+
+    kind: str
+    parts: tuple[str, ...]
+    signs: tuple[str, ...] = ()
+
+
+def same(answer: str, truth: str) -> bool:
+    """Whether an answer, given as a text, is the true one."""
+    if answer == truth or words(answer) == words(truth):
+        return bool(words(answer) or answer == truth)
+    true_moment = read_moment(clean(truth))
+    if true_moment is not None:
+        return read_moment(clean(answer)) == true_moment
+    true_number = read_number(truth, strict=True)
+    if true_number is not None:
+        number = read_number(answer)
+        if number is not None:
+            return same_number(number, true_number)
+    if _is_plain_text(truth):
+        return _is_same_word(clean(answer), words(truth))
+    return _same_shape(shape(clean(answer)), shape(clean(truth)))
+
+
+def _is_plain_text(truth: str) -> bool:
+    return truth.isascii() and truth.replace(" ", "").isalpha() and not _SEPARATOR.search(truth)
+
+
+_LETTER_LEAD = re.compile(r"^(?:the )?(?:answer|option|choice)\s*:?\s+(?=\S)", re.IGNORECASE)
+
+
+def _is_same_word(answer: str, truth: str) -> bool:
+    """A letter as options are named, or a yes or no with its reason."""
+    if len(truth) == 1:
+        answer = _LETTER_LEAD.sub("", answer)
+        match = re.fullmatch(r"(?:[(\[{]\s*)?([A-Za-z])\s*(?:[)\]}.:]\s*)*", answer)
+        if match:
+            return match[1].casefold() == truth
+        match = re.fullmatch(r"[(\[]?([A-Z])\s*(?:[)\]][.:]?|[.:]|\s-)\s+(.*)", answer, re.DOTALL)
+        return (
+            match is not None
+            and match[1].casefold() == truth
+            and not re.search(
+                r"(?<![A-Za-z'])[B-HJ-Z](?![A-Za-z'])|\b(?:or|not|and [A-Z])\b|[(\[][A-Z]", match[2]
+            )
+        )
+    if truth in _YES_NO:
+        match = re.match(r"([a-z]+)\s*[,.;:-]\s", answer.casefold())
+        rest = set(re.findall(r"[a-z]+", answer.casefold()[match.end() :])) if match else set()
+        return match is not None and match[1] == truth and not rest & (_YES_NO | {"or", "maybe"})
+    return False
+
+
+@lru_cache(maxsize=4096)
+def shape(text: str) -> Shape:
+    """Takes a cleaned text apart, one level."""
+    text = _MEMBER.sub("", text.strip().rstrip(".").strip())
+    if match := _MATRIX.fullmatch(text):
+        return _matrix(match[1], [row.split("&") for row in match[2].split("\\\\")])
+    union = split_top(text, _UNION)
+    if len(union) > 1:
+        return Shape("union", tuple(union))
+    if enclosed(text):
+        return _in_brackets(text)
+    if text.count("\\pm") == 1 and not _SEPARATOR.search(text):
+        return Shape("list", (text.replace("\\pm", "+"), text.replace("\\pm", "-")))
+    if _RATIO.fullmatch(text):
+        return Shape("ratio", tuple(re.split(r"\s*(?::|to)\s*", text)))
+    items = split_top(text, _SEPARATOR)
+    if len(items) > 1:
+        return _listed("list", items)
+    relation = _RELATION.search(text)
+    if relation is not None:
+        return _relation(text)
+    return Shape("one", (text,))
+
+
+def _in_brackets(text: str) -> Shape:
+    left, right, inner = text[0], text[-1], text[1:-1].strip()
+    items = split_top(inner, re.compile(r"[,;]"))
+    if left in ("{", SET_OPEN) and right in ("}", SET_CLOSE):
+        return _listed("set", items) if len(items) > 1 else shape(inner)
+    if len(items) == 1:
+        is_row = left == "[" and right == "]" and enclosed(inner) and inner[0] == "["
+        return (
+            shape(inner) if left + right in ("()", "[]") and not is_row else Shape("one", (text,))
+        )
+    if left + right == "[]" and all(enclosed(item) and item[0] in "[(" for item in items):
+        rows = [split_top(item[1:-1], re.compile(r",")) for item in items]
+        if len({len(row) for row in rows}) == 1 and all(item[0] == "[" for item in items):
+            return _matrix("pmatrix", rows)
+    kind = {"()": "tuple", "[]": "brackets"}.get(left + right, left)
+    return _listed(kind, items)
+
+
+def _listed(kind: str, items: Sequence[str]) -> Shape:
+    if len(items) > _MOST_ITEMS or not all(items):
+        return Shape("nothing", tuple(items))
+    return Shape(kind, tuple(items))
+
+
+def _matrix(environment: str, rows: Sequence[Sequence[str]]) -> Shape:
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    cells = [cell.strip() for row in rows for cell in row]
+    if len({len(row) for row in rows}) != 1 or len(cells) > _MOST_ITEMS:
+        return Shape("nothing", ())
+    is_determinant = environment in ("vmatrix", "Vmatrix")
+    return Shape("determinant" if is_determinant else "matrix", (f"{len(rows)} rows", *cells))
+
+
+def _relation(text: str) -> Shape:
+    parts, signs, start = [], [], 0
+    for match in _RELATION.finditer(text):
+        parts.append(text[start : match.start()].strip())
+        signs.append(match[1] or match[2] or match[3])
+        start = match.end()
+    parts.append(text[start:].strip())
+    if not parts[0] and len(parts) == 2 and signs[0] in ("=", "approx", "equiv"):
+        return shape(parts[1])  # "= 5"
+    return Shape("relation", tuple(parts), tuple(signs)) if all(parts) else Shape("nothing", ())
+
+
+_UNORDERED = {"list", "set", "union"}
+_SEQUENCES = {"list", "tuple", "brackets"}
+
+
+def _same_shape(answer: Shape, truth: Shape) -> bool:
+    if "nothing" in (answer.kind, truth.kind):
+        return False
+    if answer.kind == truth.kind == "one":
+        return _same_leaf(answer.parts[0], truth.parts[0])
+    if "relation" in (answer.kind, truth.kind):
+        return _same_relation(answer, truth)
+    if len(answer.parts) != len(truth.parts):
+        return False
+    if answer.kind in _UNORDERED and truth.kind in _UNORDERED:
+        if "union" in (answer.kind, truth.kind) and answer.kind != truth.kind:
+            return False
+        if _is_sequence_of_words(truth):
+            return _all_same(answer.parts, truth.parts)
+        return _same_in_any_order(answer.parts, truth.parts)
+    if answer.kind == "ratio" or truth.kind == "ratio":
+        return answer.kind == truth.kind and _all_same(answer.parts, truth.parts)
+    if answer.kind != truth.kind:
+        # Without brackets a pair may be anything, with them it may be an interval.
+        both = {answer.kind, truth.kind}
+        if not ("list" in both and both <= _SEQUENCES and len(truth.parts) > 2):
+            return False
+    if answer.kind == "list":
+        answer = _without_names(answer)
+    return _all_same(answer.parts, truth.parts)
+
+
+def _is_sequence_of_words(truth: Shape) -> bool:
+    """Words in a list may have been put in order: "apple, banana". Numbers are roots, mostly."""
+    return truth.kind == "list" and all(
+        len(part) > 1 and part.replace(" ", "").isalpha() for part in truth.parts
+    )
+
+
+def _without_names(answer: Shape) -> Shape:
+    """x = 1, y = 2 is (1, 2)."""
+    shapes = [shape(part) for part in answer.parts]
+    if not all(s.kind == "relation" and s.signs == ("=",) for s in shapes):
+        return answer
+    names = [s.parts[0] for s in shapes]
+    if names != sorted(set(names)):
+        return answer
+    return Shape("list", tuple(s.parts[1] for s in shapes))
+
+
+def _all_same(answer: Sequence[str], truth: Sequence[str]) -> bool:
+    return all(same(a, t) for a, t in zip(answer, truth, strict=True))
+
+
+def _same_in_any_order(answer: Sequence[str], truth: Sequence[str]) -> bool:
+    left = list(truth)
+    for part in answer:
+        match = next((t for t in left if same(part, t)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+# -- single things
+
+
+def _same_leaf(answer: str, truth: str) -> bool:
+    """Two things that cannot be taken apart: numbers, formulas, texts."""
+    true_number = read_number(truth, strict=True)
+    if true_number is None and _same_but_for_spaces(answer, truth):
+        return True
+    number = read_number(answer, strict=true_number is None)
+    if true_number is not None:
+        if number is not None:
+            return same_number(number, true_number)
+        # 0.7071067811865476 is a number like \\sqrt{2}/2; 73 is none like 12 + 61, which is a sum
+        # that was not done.
+        is_long = true_number.digits >= 10 and not is_integer(true_number)
+        return is_long and not true_number.unit and same_formula(_unitless(answer), truth)
+    return same_formula(_unitless(answer), _unitless(truth))
+
+
+def _same_but_for_spaces(answer: str, truth: str) -> bool:
+    one, other = ("".join(to_latex(text).split()) for text in (answer, truth))
+    return one == other
+
+
+_FORMULA_UNIT = re.compile(
+    r"(?<=[\d}\)a-z])\s*(?:\^\s*\{?\\circ\s*\}?|(?:square |cubic )?(?:units?|inches|in|cm|mm|km|m|ft"
+    r"|feet|meters?|degrees|radians|rad|dollars|seconds?|minutes?|hours?)(?:\s*\^\s*\{?[23]\}?)?)\s*$"
+)
+
+
+def _unitless(text: str) -> str:
+    """A formula without the unit behind it, as in 2\\pi cm. The unit stands apart."""
+    match = re.search(r"\s\S+(?:\s\S+)?$", text)
+    return _FORMULA_UNIT.sub("", text) if match or "circ" in text else text
+
+
+# -- relations
+
+_ASSIGNED = re.compile(
+    r"\\?[A-Za-z]+'?(?:_\{?\w+\}?)?|[A-Za-z]\s*(?:\^\{?-1\}?)?\s*\([^()=]*\)|\\?[A-Za-z][A-Za-z ]*"
+    r"|m?\s*\\angle\s*[A-Z]{1,3}|\|?[A-Z]{2}\|?|[A-Za-z\s+*/\\^(){}-]+"
+)
+_ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^{}\[\]!%$-]|\\(?:frac|times|cdot|sqrt|div|pi))+")
+
+
+def _same_relation(answer: Shape, truth: Shape) -> bool:
+    if truth.kind == "relation" and answer.kind == "relation":
+        return _same_relations(answer, truth)
+    if truth.kind == "relation":
+        value = _assigned(truth)
+        if value is not None:
+            return _same_shape(answer, shape(value))
+        interval = _interval(truth)
+        return interval is not None and _same_shape(answer, shape(interval))
+    if (value := _end_of_chain(answer)) is not None:
+        return _same_shape(shape(value), truth)
+    interval = _interval(answer)
+    return interval is not None and _same_shape(shape(interval), truth)
+
+
+def _assigned(relation: Shape) -> str | None:
+    """What a variable is said to be, if that is all that is said."""
+    name, value = relation.parts[0], relation.parts[-1]
+    if set(relation.signs) != {"="} or len(relation.parts) != 2:
+        return None
+    if re.fullmatch(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z](?:\^\{?-1\}?)?\s*\([A-Za-z]\)", name):
+        return value
+    return None
+
+
+def _end_of_chain(answer: Shape) -> str | None:
+    """5 of "x = 5" and 73 of "12 + 61 = 73", but nothing of "2x + 1 = 5" and "41 = 42"."""
+    if not set(answer.signs) <= {"=", "approx", "equiv"}:
+        return None
+    value = answer.parts[-1]
+    for part in answer.parts[:-1]:
+        number = read_number(part)
+        if number is not None:
+            end = read_number(value)
+            if end is None or end.value != number.value:
+                return None
+        elif not (_ASSIGNED.fullmatch(part) or _ARITHMETIC.fullmatch(part)):
+            if part is answer.parts[0]:
+                return None
+    return value
+
+
+def _same_relations(answer: Shape, truth: Shape) -> bool:
+    if truth.signs == ("=",) and _assigned(truth) is not None:
+        # The same name, or the question's own equation would be its solution.
+        name, value = truth.parts
+        sides = (answer.parts[0], answer.parts[-1])
+        if set(answer.signs) != {"="}:
+            return False
+        for one, other in (sides, sides[::-1]):
+            if _same_but_for_spaces(one, name):
+                return same(other, value)
+        return False
+    if len(truth.parts) > 2 or len(answer.parts) > 2:
+        return _same_chain(answer, truth)
+    signs = {"<": ">", ">": "<", "le": "ge", "ge": "le"}
+    one, other = answer.parts
+    sign = answer.signs[0]
+    left, right = truth.parts
+    if sign == truth.signs[0]:
+        return proportional((one, other), (left, right), positive=sign in signs)
+    if signs.get(sign) == truth.signs[0]:
+        return proportional((other, one), (left, right), positive=True)
+    return False
+
+
+def _same_chain(answer: Shape, truth: Shape) -> bool:
+    """-1 < x < 2 and 2 > x > -1."""
+    flip = {"<": ">", ">": "<", "le": "ge", "ge": "le"}
+    if len(answer.parts) != len(truth.parts):
+        return False
+    if answer.signs != truth.signs:
+        answer = Shape(
+            "relation",
+            answer.parts[::-1],
+            tuple(flip.get(sign, sign) for sign in answer.signs[::-1]),
+        )
+    return answer.signs == truth.signs and _all_same(answer.parts, truth.parts)
+
+
+def _interval(relation: Shape) -> str | None:
+    """x > 3 as (3, \\infty)."""
+    parts, signs = relation.parts, relation.signs
+    if not set(signs) <= {"<", ">", "le", "ge"}:
+        return None
+    is_name: Callable[[str], bool] = lambda text: (
+        re.fullmatch(r"[A-Za-z]|\\[a-z]+", text) is not None
+    )  # noqa: E731
+    if len(parts) == 3 and is_name(parts[1]):
+        (low, _, high), (left, right) = parts, signs
+        if left in (">", "ge") and right in (">", "ge"):
+            low, high, left, right = high, low, right, left
+        elif left in (">", "ge") or right in (">", "ge"):
+            return None
+        return (
+            ("[" if left[-1] == "e" else "(")
+            + f"{low}, {high}"
+            + ("]" if right[-1] == "e" else ")")
+        )
+    if len(parts) != 2 or is_name(parts[0]) == is_name(parts[1]):
+        return None
+    bound, sign = (
+        (parts[1], signs[0])
+        if is_name(parts[0])
+        else (parts[0], {"<": ">", ">": "<", "le": "ge", "ge": "le"}[signs[0]])
+    )
+    if sign in ("<", "le"):
+        return f"(-\\infty, {bound}" + ("]" if sign == "le" else ")")
+    return ("[" if sign == "ge" else "(") + f"{bound}, \\infty)"
