@@ -105,7 +105,7 @@ class Rollout:
     token_ids: list[int]  # completion only; ends with EOS where finish_reason is "stop"
     logprobs: list[float]  # of the sampled tokens, at the sampling temperature
     finish_reason: FinishReason
-    text: str  # the completion, special tokens removed
+    text: str  # the completion without the token that stopped it
 
 
 @dataclass(frozen=True, slots=True)
