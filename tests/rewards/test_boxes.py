@@ -24,7 +24,7 @@ def tagged(text, answer, **entry):
         ("[-5, -5, 5, 5]", [0, 0, 10, 10], 25 / 175),
         ("[20, 20, 30, 30]", [0, 0, 10, 10], 0.0),
         ("[10, 0, 20, 10]", [0, 0, 10, 10], 0.0),
-        ("[9, 9, 9, 9] or [0, 0, 10, 10]", [0, 0, 10, 10], 1.0),
+        ("[0, 0, 10, 10] (that is [0.0, 0, 1e1, 10])", [0, 0, 10, 10], 1.0),
         ('{"bbox_2d": [0, 0, 10, 10]}', [0, 0, 10, 10], 1.0),
         ("[10, 10, 0, 0]", [0, 0, 10, 10], 0.0),
         ("[0, 0, 10]", [0, 0, 10, 10], 0.0),
@@ -38,7 +38,95 @@ def test_iou(text, truth, expected):
     assert iou(tagged(text, truth)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("truth", [None, [1, 2, 3], "box", [10, 10, 0, 0], 5, ["a"] * 4])
+REF = "<|object_ref_start|>the cat [2, 2, 9, 9]<|object_ref_end|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(0,0),(10,10)",
+        "<|box_start|>(0,0),(10,10)<|box_end|>",
+        f"{REF}<|box_start|>(0,0),(10,10)<|box_end|>",
+        f"{REF}<|box_start|>[0, 0, 10, 10]<|box_end|>",
+        "(0, 0) (10, 10)",
+        "[0, 0], [10, 10]",
+        "[[0, 0], [10, 10]]",
+        "[(0, 0), (10, 10)]",
+        "(0, 0, 10, 10)",
+        "[.0, 0., +10, 1e1]",
+        "[0e0, 0, 1E+1, 100e-1]",
+        "[0, 0, 10, 10, ]",
+        "[0 0 10 10]",
+        "[0; 0; 10; 10]",
+        "[[0, 0, 10, 10]]",
+        "[\n0,\n0,\n10,\n10\n]",
+        "0, 0, 10, 10",
+        "0 0 10 10",
+        "The box is 0, 0, 10, 10.",
+        "x1 to y2: 0, 0, 10, 10",
+        '```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "cat 7"}]\n```',
+        '{"bbox": [0, 0, 10, 10]}',
+        "[0, 0, 10, 10] [0, 0, 10, 10]",
+        "[0, 0, 10, 10], or (0,0),(10,10)",
+        "[1, 2, 3] [0, 0, 10, 10]",
+    ],
+)
+def test_boxes_in_every_notation(text):
+    assert iou(tagged(text, [0, 0, 10, 10])) == 1.0
+    assert iou(tagged("[0, 0, 10, 10]", text)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Lists of candidates, the right one among them.
+        "[9, 9, 19, 19] or [0, 0, 10, 10]",
+        "[0, 0, 10, 10] or [9, 9, 9, 9]",
+        "[[0, 0, 10, 10], [0, 0, 11, 11]]",
+        "(0,0),(10,10) and (0,0),(11,11)",
+        "[0, 0, 10, 10] (0,0),(11,11)",
+        '[{"bbox_2d": [0, 0, 10, 10]}, {"bbox_2d": [1, 1, 5, 5]}]',
+        "(0,0),(10,10),(5,5)",
+        "(0,0),(10,0),(10,10),(0,10)",
+        # Four numbers among others, or within brackets that do not close.
+        "0, 0, 10, 10, 10",
+        "0, 0, 10, 10 and 3",
+        "4 cats: 0, 0, 10",
+        "[0, 0, 10, 10",
+        "(0,0),(10,10",
+        "0, 0, 10, 10]",
+        "0, 0 to 10, 10",
+        "0-0-10-10",
+        "[0, 0, 1e999, 10]",
+        "[0, 0, 10, 10, 10, 10, 10, 10]",
+        "(0,0)",
+        "[10, 10], [0, 0]",
+        "",
+    ],
+)
+def test_what_is_no_box_or_more_than_one(text):
+    assert iou(tagged(text, [0, 0, 10, 10])) == 0.0
+
+
+def test_tags_make_one_of_several_the_answer():
+    thoughts = "<think>[1, 1, 2, 2] or [3, 3, 4, 4]?</think>"
+    answers = ("<answer>[0, 0, 10, 10]</answer>", "\\boxed{[0, 0, 10, 10]}", "[0, 0, 10, 10]")
+    for answer in answers:
+        sample = RewardSample(thoughts + answer, [0, 0, 10, 10], {}, 10, 100, "stop")
+        assert iou(sample) == 1.0
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text", ["[" * 9999, "1 " * 9999, "(1,1)," * 9999, "[1,1,1," * 9999, "9" * 9999]
+)
+def test_long_answers_are_read_at_once(text):
+    assert iou(tagged(text, [0, 0, 10, 10])) == 0.0
+
+
+@pytest.mark.parametrize(
+    "truth", [None, "[0, 0, 1, 1] [0, 0, 2, 2]", [1, 2, 3], "box", [10, 10, 0, 0], 5, ["a"] * 4]
+)
 def test_iou_with_an_unusable_truth(truth):
     with pytest.raises(ValueError, match="the truth must be a box"):
         iou(tagged("[0, 0, 10, 10]", truth))
