@@ -306,6 +306,13 @@ class TrainConfig(_Model):
         completion = max(self.rollout.max_new_tokens, self.evaluation.max_new_tokens or 0)
         return self.data.max_prompt_tokens + completion
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of the longest sequence that the model sees: a rollout, or a supervised row."""
+        has_replay = any(source.kind == "sft" for source in self.data.sources)
+        supervised = self.data.max_supervised_tokens if has_replay else 0
+        return max(self.max_rollout_tokens, supervised)
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         self._check_sources()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recap_fast.model.chat_template import TurnEnd, find_turn_end
+from recap_fast.model.chat_template import MEDIA, TurnEnd, find_turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,6 +144,10 @@ class ChatRenderer:
         known = self._has_template and "enable_thinking" in tokenizer.get_chat_template()
         if known and enable_thinking is not None:
             self._options["enable_thinking"] = enable_thinking
+        ids = vision.ids if vision else ()
+        named = [getattr(tokenizer, f"{kind}_token", None) for kind in MEDIA]
+        tokens = [*map(tokenizer.convert_ids_to_tokens, ids), *named]
+        self._media_tokens = [str(token) for token in tokens if token]
         # Only the plain format needs it: chat templates write BOS themselves. Asked of the
         # tokenizer itself, because having a BOS token does not mean that it is used.
         starts_with_bos = self._encode("a", special=True)[:1] == [tokenizer.bos_token_id]
@@ -151,11 +155,7 @@ class ChatRenderer:
 
     def vision_token_in(self, text: str) -> str | None:
         """A token of images that a text spells out, which would pass for the token itself."""
-        for token_id in self._vision.ids if self._vision else ():
-            token = self._tokenizer.convert_ids_to_tokens(token_id)
-            if token in text:
-                return str(token)
-        return None
+        return next((token for token in self._media_tokens if token in text), None)
 
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a prompt ends with <think>, so that completions begin inside of the thought."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Render = Callable[[list[Mapping[str, Any]]], str]
 
+MEDIA = ("image", "video", "audio")
+"""Of what a tokenizer may name the token that stands for it: `image_token` and so on."""
+
 _PROBE = "recap-fast-probe"  # stands for an assistant's turn when a chat template is looked into
 
 

@@ -327,3 +327,5 @@ def test_tokens_of_images_in_a_text_are_found():
         assert renderer.vision_token_in(f"a {token} b") == token
     assert renderer.vision_token_in("<image> vision_start") is None
     assert ChatRenderer(tokenizer).vision_token_in(IMAGE) is None
+    tokenizer.image_token = IMAGE  # of a text model whose tokenizer it shares with larger ones
+    assert ChatRenderer(tokenizer).vision_token_in(f"a {IMAGE} b") == IMAGE
