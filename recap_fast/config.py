@@ -59,13 +59,14 @@ class RewardSpec(_Model):
 class SourceConfig(_Model):
     name: str
     kind: Literal["rl", "sft"]
-    path: str | None = None
-    """A .jsonl or .parquet file, or a hub dataset's name."""
+    path: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """A .jsonl, .json or .parquet file, a pattern of such ("data/*.jsonl"), a list of both, or a
+    hub dataset's name."""
     subset: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Subset of a hub dataset, or several whose rows make one source."""
     split: str = "train"
     max_rows: int | None = Field(None, ge=1)
-    """At most so many rows are used (of each subset), chosen by the seed."""
+    """At most so many rows are used (of all files, or of each subset), chosen by the seed."""
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, instead of `path`."""
     digit_scenes: Literal["range", "locate", "transcribe"] | None = None
@@ -78,14 +79,17 @@ class SourceConfig(_Model):
     """Column of the user's turn; of several, the texts that are not empty are joined by newlines.
     Dots lead into a column, here and in `answer` and `images`: "conversations.0.value"."""
     choices: str | None = None
-    """Column of a question's options, which are written below it as (A), (B), ..."""
+    """Column of a question's options, which are written below it as (A), (B), ...: a list, or
+    labels with their texts."""
     answer: str | None = "answer"
-    """Column of the ground truth (rl) or of the target text (sft)."""
+    """Column of the ground truth (rl) or of the target text (sft). Conversations of an sft source
+    that end with the assistant's turn have their target in them."""
     images: str | None = None
     """Column of the row's image or list of images. <image> in the question says where they stand;
-    without it they come first."""
+    without it they come first. Where it is the question's column, images are those in the parts of
+    its conversations."""
     image_folder: str | None = None
-    """What paths of images are relative to. Unset: the data file's folder."""
+    """What paths of images are relative to. Unset: the data files' folder."""
     max_image_side: int | None = Field(None, ge=1)
     """Images whose longer side has more pixels than this are scaled down."""
     prompt: str = "{question}"
@@ -113,8 +117,6 @@ class SourceConfig(_Model):
             raise ValueError("an rl source needs at least one entry in `rewards`")
         if self.kind == "sft" and self.rewards:
             raise ValueError("an sft source takes no `rewards`; its loss is `objective`")
-        if self.kind == "sft" and self.answer is None:
-            raise ValueError("an sft source needs the column of its target text in `answer`")
         if self.images is None and (self.image_folder or self.max_image_side):
             raise ValueError("image_folder and max_image_side have no use without `images`")
         self._check_keys_of_kind()
@@ -303,6 +305,13 @@ class TrainConfig(_Model):
         """Tokens of the longest prompt with the longest completion, in training or evaluation."""
         completion = max(self.rollout.max_new_tokens, self.evaluation.max_new_tokens or 0)
         return self.data.max_prompt_tokens + completion
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of the longest sequence that the model sees: a rollout, or a supervised row."""
+        has_replay = any(source.kind == "sft" for source in self.data.sources)
+        supervised = self.data.max_supervised_tokens if has_replay else 0
+        return max(self.max_rollout_tokens, supervised)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

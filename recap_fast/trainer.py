@@ -104,7 +104,8 @@ class Trainer:
             reference = load_policy(
                 config.model, path, trainable=False, attention=self.policy.attention.name
             )
-        self.policy.check_length(config.max_rollout_tokens)
+            reference.check_length(config.max_sequence_tokens)
+        self.policy.check_length(config.max_sequence_tokens)
         self.optimizer = PolicyOptimizer(self.policy, reference, config)
         self.reweighter = _build_reweighter(config, self.policy.device)
         supervised = [objective.kind == "loss" for objective in config.objectives]

@@ -23,6 +23,10 @@ ORIGINAL_IMAGE_SIZES = "original_image_sizes"
 MODEL_IMAGE_SIZES = "model_image_sizes"
 """Key of a prompt's entry: [width, height] of each of its images as the model sees it."""
 
+PROMPT_OPENS_THINK = "prompt_opens_think"
+"""Key of a prompt's entry, true where the prompt ends with <think>: the completion then begins
+inside of the thought. Other prompts' entries lack it."""
+
 
 class UserError(ValueError):
     """Something that the user can mend. The command line prints its text and exits with 2."""
@@ -105,7 +109,7 @@ class Rollout:
     token_ids: list[int]  # completion only; ends with EOS where finish_reason is "stop"
     logprobs: list[float]  # of the sampled tokens, at the sampling temperature
     finish_reason: FinishReason
-    text: str  # the completion, special tokens removed
+    text: str  # the completion without the token that stopped it
 
 
 @dataclass(frozen=True, slots=True)

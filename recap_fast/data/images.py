@@ -1,8 +1,9 @@
 """Images of data rows: opened, checked, made RGB, resized, and cut into patches for the model.
 
-A cell with images holds one image, a list of them, or nothing. An image is a path, encoded bytes, a
-PIL image, or what the `datasets` library stores, {"bytes": ..., "path": ...}. What cannot be used
-raises `BadImage`: the row is skipped and counted under its reason.
+A cell with images holds one image, a list of them, or nothing. An image is a path (or file://
+URL), encoded bytes, a data URI, a PIL image, or what the `datasets` library stores, {"bytes": ...,
+"path": ...}. What cannot be used raises `BadImage`: the row is skipped and counted under its
+reason.
 
 Resizing happens once, with Pillow, straight to the size that the model's processor would choose.
 So patches are the same with torchvision and without, and an engine that runs a processor of its own
@@ -11,8 +12,11 @@ over the resized image finds nothing left to resize.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -74,7 +79,7 @@ def read_image(cell: Any, folder: Path | None) -> RawImage:
         folder: what relative paths are relative to; None is the current folder.
 
     Raises:
-        BadImage: missing, unreadable, a URL, or of a type that holds no image.
+        BadImage: missing, unreadable, a URL of another machine, or of a type that holds no image.
     """
     if isinstance(cell, Mapping):
         content = cell.get("bytes")
@@ -83,6 +88,8 @@ def read_image(cell: Any, folder: Path | None) -> RawImage:
         return bytes(cell)
     if isinstance(cell, Image.Image):
         return cell
+    if isinstance(cell, str) and cell.startswith("data:"):
+        return _read_data_uri(cell)
     if isinstance(cell, str) and cell:
         return _read_file(cell, folder)
     shown = repr(cell) if cell is None or isinstance(cell, str) else type(cell).__name__
@@ -91,10 +98,23 @@ def read_image(cell: Any, folder: Path | None) -> RawImage:
     )
 
 
+def _read_data_uri(uri: str) -> bytes:
+    """The bytes in data:image/png;base64,..."""
+    head, _, content = uri.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it is not in base64")
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadImage("image_unreadable", f"a data URI that cannot be read: {error}") from None
+
+
 def _read_file(name: str, folder: Path | None) -> bytes:
+    if name.startswith("file://"):
+        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
     if _URL.match(name):
         raise BadImage("image_url", "a URL, and none is fetched: give files or bytes instead")
-    path = (folder or Path()) / name
+    path = (folder or Path()) / os.path.expanduser(name)
     try:
         return path.read_bytes()
     except FileNotFoundError:

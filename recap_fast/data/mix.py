@@ -15,9 +15,8 @@ import numpy as np
 from recap_fast.config import DataConfig
 from recap_fast.data.images import ImageEncoder
 from recap_fast.data.prompts import ChatRenderer
-from recap_fast.data.row_columns import DataError
+from recap_fast.data.row_columns import DataError, nearest
 from recap_fast.data.source_stream import SourceStream
-from recap_fast.data.sources import nearest
 from recap_fast.types import Prompt, StepRows, SupervisedRow
 
 if TYPE_CHECKING:

@@ -11,8 +11,11 @@ the image has tokens.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recap_fast.model.chat_template import MEDIA, TurnEnd, find_turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +44,11 @@ TEMPLATES: dict[str, str] = {
 """The paper's prompts (arXiv 2510.21978, experimental set-up). Perception sources use "answer" or
 "box": forced to think on them, a model drops its thoughts altogether."""
 
-_PROBE = "recap-fast-probe"  # stands for an assistant's turn when a chat template is looked into
+_TAG = r"(?P<tag>[<\[◁](?P<name>[\w:-]*(?:think|thought|reason)[\w:-]*)[>\]▷])\s*"
+_OPENED_THOUGHT = re.compile(_TAG + r"\Z", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(_TAG + r"[<\[◁]/(?P=name)[>\]▷]\s*", re.IGNORECASE)
+_ENDS_WITH_EMPTY_THOUGHT = re.compile(_EMPTY_THOUGHT.pattern + r"\Z", re.IGNORECASE)
+_LAST_TOKENS = 16  # enough for a tag and what surrounds it, spelt letter by letter
 
 
 def resolve_template(name_or_text: str) -> str:
@@ -92,7 +99,7 @@ def place_images(messages: Sequence[Message], num_images: int) -> list[Message]:
         text = message["content"]
         if message["role"] == "user" and (leading or IMAGE_MARKER in text):
             content = [{"type": "image"}] * leading + _split_at_markers(text)
-            message, leading = {"role": "user", "content": content}, 0
+            message, leading = {**message, "content": content}, 0
         placed.append(message)
     return placed
 
@@ -137,6 +144,10 @@ class ChatRenderer:
         known = self._has_template and "enable_thinking" in tokenizer.get_chat_template()
         if known and enable_thinking is not None:
             self._options["enable_thinking"] = enable_thinking
+        ids = vision.ids if vision else ()
+        named = [getattr(tokenizer, f"{kind}_token", None) for kind in MEDIA]
+        tokens = [*map(tokenizer.convert_ids_to_tokens, ids), *named]
+        self._media_tokens = [str(token) for token in tokens if token]
         # Only the plain format needs it: chat templates write BOS themselves. Asked of the
         # tokenizer itself, because having a BOS token does not mean that it is used.
         starts_with_bos = self._encode("a", special=True)[:1] == [tokenizer.bos_token_id]
@@ -144,11 +155,12 @@ class ChatRenderer:
 
     def vision_token_in(self, text: str) -> str | None:
         """A token of images that a text spells out, which would pass for the token itself."""
-        for token_id in self._vision.ids if self._vision else ():
-            token = self._tokenizer.convert_ids_to_tokens(token_id)
-            if token in text:
-                return str(token)
-        return None
+        return next((token for token in self._media_tokens if token in text), None)
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with <think>, so that completions begin inside of the thought."""
+        opened = _OPENED_THOUGHT.search(self._tokenizer.decode(prompt_ids[-_LAST_TOKENS:]))
+        return opened is not None and opened["tag"] == "<think>"
 
     def prompt(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> list[int]:
         """Token ids of a conversation up to the point where the assistant's turn begins.
@@ -165,16 +177,25 @@ class ChatRenderer:
 
         The first of them are exactly those of `prompt(messages)`. The rest are the target as the
         chat template writes an assistant's turn, up to and including the token that ends the turn
-        (not the newline that many templates put after it: a model that samples stops before it).
+        (not what many templates put after it: a model that samples stops before it). A target
+        has an end in any case: the tokenizer's EOS where the template writes no such token.
+
+        A thought is opened and closed once: where the prompt opens it, the target goes on inside of
+        it, and a target without a thought closes it first.
+
+        Raises:
+            ValueError: the prompt closes an empty thought (`enable_thinking`), and the target has
+                a thought of its own.
         """
         prompt_text = self._prompt_text(messages)
-        answer_text = self._answer_text(messages, prompt_text, target)
+        turn_end = self._turn_end(messages)
+        answer_text = self._body(messages, prompt_text, target, turn_end) + turn_end.mark.rstrip()
         prompt_ids = self._encode(prompt_text)
         token_ids = self._encode(prompt_text + answer_text)
         if token_ids[: len(prompt_ids)] != prompt_ids:
             # A merge across the border. Sampling sees the prompt's own tokens, so these stay.
             token_ids = prompt_ids + self._encode(answer_text)
-        end = [] if self._turn_end(messages).strip() else [self._eos_token_id()]
+        end = [self._eos_token_id()] if turn_end.token_id is None else []
         prompt = self._bos + self._expand(prompt_ids, image_tokens)
         return prompt + token_ids[len(prompt_ids) :] + end, len(prompt)
 
@@ -212,27 +233,28 @@ class ChatRenderer:
         image = self._image_token(with_ends=True)
         return "".join(image if part["type"] == "image" else part["text"] for part in content)
 
-    def _answer_text(self, messages: Sequence[Message], prompt_text: str, target: str) -> str:
-        """The assistant's turn without what opens it, cut after the mark that ends the turn."""
-        turn_end = self._turn_end(messages)
+    def _body(
+        self, messages: Sequence[Message], prompt_text: str, target: str, turn_end: TurnEnd
+    ) -> str:
+        """The assistant's turn without what opens and what ends it."""
+        thought = _Thought.of(prompt_text)
+        target = thought.fit(target)
         if not self._has_template:
-            return target
+            return thought.go_on(target)
         turn = {"role": "assistant", "content": target}
         whole = self._render([*messages, turn], add_generation_prompt=False)
-        if whole.startswith(prompt_text):
-            body = whole[len(prompt_text) :].removesuffix(turn_end)
-        else:
-            # Some templates open the turn differently when they ask for it (a "<think>" that they
-            # leave out of finished turns). Then the target follows what sampling would see.
+        body = whole[len(prompt_text) :].removesuffix(turn_end.written)
+        is_whole = whole.startswith(prompt_text) and whole.endswith(turn_end.written)
+        # Some templates open the turn differently when they ask for it, or leave the thoughts of
+        # finished turns out. Then the target itself follows what sampling would see.
+        if not is_whole or thought.essence(target) not in thought.essence(body):
             body = target
-        return body + turn_end.rstrip()
+        return thought.go_on(body)
 
-    def _turn_end(self, messages: Sequence[Message]) -> str:
-        """What the chat template writes after an assistant's content."""
+    def _turn_end(self, messages: Sequence[Message]) -> TurnEnd:
         if not self._has_template:
-            return ""
-        turn = {"role": "assistant", "content": _PROBE}
-        return self._render([*messages, turn], add_generation_prompt=False).rpartition(_PROBE)[2]
+            return TurnEnd("", "", None)
+        return find_turn_end(self._tokenizer, lambda turns: self._render(turns, False), messages)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -258,3 +280,52 @@ class ChatRenderer:
         if self._tokenizer.eos_token_id is None:
             raise ValueError("supervised rows need an end, but the tokenizer has no EOS token")
         return int(self._tokenizer.eos_token_id)
+
+
+class _Thought(NamedTuple):
+    """What a prompt has written of the thought that a turn begins with."""
+
+    opening: str | None  # the tag that the prompt ends with, as in "<think>"
+    closing: str  # its counterpart
+    space: str  # what the prompt has after the tag
+    is_closed: bool  # the prompt holds an empty thought already
+
+    @classmethod
+    def of(cls, prompt: str) -> _Thought:
+        if empty := _ENDS_WITH_EMPTY_THOUGHT.search(prompt):
+            return cls(empty["tag"], "", "", True)
+        opened = _OPENED_THOUGHT.search(prompt)
+        if opened is None:
+            return cls(None, "", "", False)
+        tag = opened["tag"]
+        return cls(tag, f"{tag[0]}/{tag[1:]}", prompt[opened.end("tag") :], False)
+
+    def fit(self, target: str) -> str:
+        """A target for a prompt that has closed an empty thought: without one of its own."""
+        if not self.is_closed or self.opening is None:
+            return target
+        empty = _EMPTY_THOUGHT.match(target.lstrip())
+        rest = target.lstrip()[empty.end() :] if empty else target
+        if rest.lstrip().startswith(self.opening):
+            raise ValueError(
+                f"the prompt closes an empty thought ({self.opening}), and the target has another: "
+                f"set data.enable_thinking to true, or take the thoughts out of the targets"
+            )
+        return rest
+
+    def go_on(self, body: str) -> str:
+        """The rest of a turn whose thought the prompt has opened."""
+        if self.opening is None or self.is_closed:
+            return body
+        if body.lstrip().startswith(self.opening):
+            body = body.lstrip().removeprefix(self.opening)
+            body = body.lstrip() if self.space else body
+        if self.closing in body:
+            return body
+        gap = "" if self.space.endswith("\n") else "\n"
+        return f"{gap}\n{self.closing}\n\n{body.lstrip()}"
+
+    def essence(self, text: str) -> str:
+        """A text without whitespace and without the opening, for comparisons: templates write
+        both as they like."""
+        return "".join(text.replace(self.opening or "<think>", "", 1).split())

@@ -5,10 +5,17 @@ Messages name the source, the row and the column.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recap_fast.config import SourceConfig
+from recap_fast.data.messages import (
+    conversation_images,
+    count_placeholders,
+    read_conversation,
+    without_none,
+)
 from recap_fast.data.prompts import Message
 from recap_fast.types import UserError
 
@@ -39,13 +46,24 @@ def check_columns(columns: Sequence[str], config: SourceConfig, where: str) -> N
     keys = [("question", column) for column in _question_columns(config)]
     keys += [(key, getattr(config, key)) for key in ("answer", "choices", "images")]
     for key, column in keys:
+        if key == "answer" and config.kind == "sft":
+            continue  # a conversation may bring its target: `read_target` sees the row
         # Rewards look `choices` up by its name alone.
         head = column if column is None or key == "choices" else column_of(column, columns)
         if head is not None and head not in columns:
-            raise DataError(
-                f"source {config.name!r}: {where}: no column {column!r} (`{key}` of the source); "
-                f"columns there: {', '.join(map(str, columns)) or 'none'}"
-            )
+            raise _missing(key, column, columns, config, where)
+
+
+def _missing(
+    key: str, column: str | None, columns: Sequence[str], config: SourceConfig, where: str
+) -> DataError:
+    hint = ""
+    if key == "answer" and config.kind == "sft":
+        hint = "; without one the question is a conversation that ends with the assistant's turn"
+    return DataError(
+        f"source {config.name!r}: {where}: no column {column!r} (`{key}` of the source); "
+        f"columns there: {', '.join(map(str, columns)) or 'none'}{hint}"
+    )
 
 
 def _question_columns(config: SourceConfig) -> list[str]:
@@ -81,7 +99,7 @@ def read_column(entry: Mapping[str, Any], path: str, config: SourceConfig, where
             raise RowError(
                 config,
                 where,
-                f"{path!r} leads nowhere: no {step!r} in {type(value).__name__} {_shorten(value)}",
+                f"{path!r} leads nowhere: no {step!r} in {type(value).__name__} {shorten(value)}",
             )
     return value
 
@@ -90,13 +108,14 @@ def read_question(
     entry: Mapping[str, Any], config: SourceConfig, where: str
 ) -> str | list[Message]:
     """The question: a text, or a conversation that ends with the user's turn. A source's `choices`
-    are written below it."""
+    are written below it. Of a supervised row's conversation that ends with the assistant's turn,
+    that turn is the target, and left out here."""
     columns = _question_columns(config)
     if len(columns) == 1:
         question = _one_question(entry, columns[0], config, where)
     else:
         question = _joined_question(entry, columns, config, where)
-    options = _options(entry, config, where)
+    options = "".join(f"\n({label}) {text}" for label, text in _options(entry, config, where))
     if not options:
         return question
     if isinstance(question, str):
@@ -115,7 +134,7 @@ def _joined_question(
                 config,
                 where,
                 f"column {column!r}: wanted a text, one of "
-                f"several that make the question, got {type(text).__name__} {_shorten(text)}",
+                f"several that make the question, got {type(text).__name__} {shorten(text)}",
             )
     question = "\n".join(text for text in texts if text and text.strip())
     if not question:
@@ -123,21 +142,44 @@ def _joined_question(
     return question
 
 
-def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
-    """A line for each option, each beginning with a newline; nothing where a row has none."""
+def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> list[tuple[str, str]]:
+    """Label and text of each option; none where a row has none.
+
+    A list gets the letters from A on. A mapping brings its own labels: {label: text}, or ARC's
+    {"label": [...], "text": [...]}, or a list of {"label", "text"}.
+    """
     if config.choices is None:
-        return ""
-    options = entry[config.choices]
-    if options is None:
-        return ""
-    if not isinstance(options, list | tuple) or len(options) > 26:
+        return []
+    options = without_none(entry[config.choices])
+    if isinstance(options, Mapping) and {"label", "text"} <= options.keys():
+        labels, texts = options["label"], options["text"]
+        lists = isinstance(labels, list) and isinstance(texts, list)
+        pairs = list(zip(labels, texts, strict=False)) if lists else None
+        pairs = pairs if lists and len(labels) == len(texts) else None
+    elif isinstance(options, Mapping):
+        pairs = list(options.items())
+    elif isinstance(options, list):
+        pairs = [
+            (option["label"], option["text"])
+            if isinstance(option, Mapping) and {"label", "text"} <= option.keys()
+            else (chr(ord("A") + number), option)
+            for number, option in enumerate(options)
+        ]
+    else:
+        pairs = [] if options is None else None
+    if pairs is None or len(pairs) > 26 or not all(map(_is_option, pairs)):
         raise RowError(
             config,
             where,
-            f"column {config.choices!r} (`choices` of the source):"
-            f" wanted a list of up to 26 options, got {type(options).__name__} {_shorten(options)}",
+            f"column {config.choices!r} (`choices` of the source): wanted a list of up to 26 "
+            f"options, or labels with their texts, got {type(options).__name__} "
+            f"{shorten(options)}",
         )
-    return "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
+    return [(str(label), str(text)) for label, text in pairs]
+
+
+def _is_option(pair: tuple[Any, Any]) -> bool:
+    return all(isinstance(part, str | int | float) for part in pair)
 
 
 def _one_question(
@@ -146,31 +188,60 @@ def _one_question(
     question = read_column(entry, column, config, where)
     if isinstance(question, str) and question.strip():
         return question
-    if isinstance(question, list) and question and all(map(_is_message, question)):
-        if question[-1]["role"] == "user":
-            return question
-        got = f"a conversation whose last turn is the {question[-1]['role']}'s, not the user's"
-    else:
-        got = f"{type(question).__name__} {_shorten(question)}"
+    turns = _conversation(question, column, config, where)
+    if config.kind == "sft" and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if turns and turns[-1]["role"] == "user":
+        return turns
+    last = f"last turn is the {turns[-1]['role']}'s" if turns else "only turn is the assistant's"
+    hint = "" if config.kind == "sft" else " (only an sft source has targets in it)"
     raise RowError(
-        config,
-        where,
-        f"column {column!r}: wanted a text or a list of "
-        f'{{"role": ..., "content": text}} messages, got {got}',
+        config, where, f"column {column!r}: a conversation whose {last}, not the user's{hint}"
     )
 
 
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-    )
+def _conversation(value: Any, column: str, config: SourceConfig, where: str) -> list[Message]:
+    try:
+        turns = read_conversation(value)
+    except ValueError as error:
+        raise RowError(
+            config,
+            where,
+            f'column {column!r}: wanted a text or a list of {{"role": ..., "content": text or '
+            f"parts}} messages, got {type(value).__name__} {shorten(value)}: {error}",
+        ) from None
+    value = without_none(value)
+    own, other = len(conversation_images(value)), count_placeholders(value)
+    problem = None
+    if own + other and config.images is None:
+        problem = "has images, but the source says of no column that it has (`images`)"
+    elif own and config.images != column:
+        problem = f"holds images itself: set `images: {column}`"
+    elif other and config.images == column:
+        problem = "has a part of type image without an image"
+    if problem:
+        raise RowError(config, where, f"column {column!r}: the conversation {problem}")
+    return turns
+
+
+def read_images(entry: Mapping[str, Any], config: SourceConfig, where: str) -> Any:
+    """What holds a row's images: the cell of its column, or the list of those that stand in the
+    conversation itself, where `images` names the question's column."""
+    assert config.images is not None
+    value = read_column(entry, config.images, config, where)
+    if config.images != config.question:
+        return value
+    return [] if isinstance(value, str) else conversation_images(without_none(value))
 
 
 def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str:
-    """The target text of a supervised row; numbers are written out."""
-    assert config.answer is not None
+    """The target text of a supervised row: the last turn of a conversation that ends with the
+    assistant's, or else the answer; numbers are written out."""
+    own = _own_target(entry, config, where)
+    if own is not None:
+        return own
+    if config.answer is None or column_of(config.answer, list(entry)) not in entry:
+        raise _missing("answer", config.answer, list(entry), config, where)
     answer = read_column(entry, config.answer, config, where)
     if isinstance(answer, str):
         return answer
@@ -180,10 +251,45 @@ def read_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> s
         config,
         where,
         f"column {config.answer!r}: wanted a text or a number, "
-        f"got {type(answer).__name__} {_shorten(answer)}",
+        f"got {type(answer).__name__} {shorten(answer)}",
     )
 
 
-def _shorten(value: Any) -> str:
+def _own_target(entry: Mapping[str, Any], config: SourceConfig, where: str) -> str | None:
+    """The assistant's turn that a row's conversation ends with."""
+    columns = _question_columns(config)
+    value = read_column(entry, columns[0], config, where) if len(columns) == 1 else None
+    if not isinstance(value, list):
+        return None
+    last = _conversation(value, columns[0], config, where)[-1]
+    if last["role"] != "assistant":
+        return None
+    for key in ("tool_calls", "reasoning_content"):
+        if last.get(key):
+            raise RowError(
+                config,
+                where,
+                f"column {columns[0]!r}: the target, its last turn, has {key!r}, "
+                f"which is not trained on: wanted a text alone",
+            )
+    return str(last["content"])
+
+
+def nearest(word: str, valid: Any) -> str:
+    """The end of a message about a name that is unknown: what was meant, or what there is."""
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = sorted(valid)
+    more = ", ..." if len(names) > 12 else ""
+    return f"; valid are {', '.join(names[:12])}{more}"
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def shorten(value: Any) -> str:
+    """A value as messages show it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from recap_fast.data.images import (
     image_cells,
     read_image,
 )
+from recap_fast.data.messages import question_key, without_none
 from recap_fast.data.prompts import (
     ChatRenderer,
     Message,
@@ -32,6 +32,7 @@ from recap_fast.data.row_columns import (
     DataError,
     RowError,
     read_column,
+    read_images,
     read_question,
     read_target,
     without_column,
@@ -42,6 +43,7 @@ from recap_fast.rewards.functions import check_truth
 from recap_fast.types import (
     MODEL_IMAGE_SIZES,
     ORIGINAL_IMAGE_SIZES,
+    PROMPT_OPENS_THINK,
     ImageInput,
     Prompt,
     SupervisedRow,
@@ -114,6 +116,7 @@ class SourceStream:
             raise DataError(
                 f"source {config.name!r}: target must have {{answer}} in it, got {config.target!r}"
             )
+        self._has_prompted = False
         self._reward_specs = list(config.reward_specs.values())
         self._rows = open_rows(config, seed)
         self._held_out_built: list[Any] = []
@@ -210,7 +213,7 @@ class SourceStream:
 
     def _is_excluded(self, entry: Mapping[str, Any], row: int) -> bool:
         try:
-            text = _question_text(self._question(entry, row))
+            text = question_key(self._question(entry, row))
         except RowError:
             return False  # skipped when it is built
         # The text first: reading and hashing images only where the text is the same.
@@ -219,7 +222,7 @@ class SourceStream:
     def _key(self, entry: Mapping[str, Any], row: int) -> _Key | None:
         """None for a row that cannot be read, and is skipped when it is built."""
         try:
-            text = _question_text(self._question(entry, row))
+            text = question_key(self._question(entry, row))
             raw = [read_image(cell, self._image_folder) for cell in self._cells(entry, row)]
         except (BadImage, RowError):
             return None
@@ -292,7 +295,10 @@ class SourceStream:
         answer = None
         if self.config.answer is not None:
             answer = read_column(entry, self.config.answer, self.config, self._rows.where(row))
-        entry = self._for_rewards(entry, images)
+        entry = self._for_rewards(entry, images, row)
+        if self._renderer.opens_thought(token_ids):
+            entry = {**entry, PROMPT_OPENS_THINK: True}
+        self._check_thinking(PROMPT_OPENS_THINK in entry)
         for spec in self._reward_specs if self.config.answer is not None else ():
             try:
                 check_truth(spec.function, spec.parameters, answer, entry)
@@ -321,7 +327,7 @@ class SourceStream:
         if self.config.images is None:
             return []
         where = self._rows.where(row)
-        return image_cells(read_column(entry, self.config.images, self.config, where))
+        return image_cells(read_images(entry, self.config, where))
 
     def _images(self, entry: Mapping[str, Any], row: int) -> _RowImages:
         """A row's images, prepared for the model.
@@ -350,14 +356,35 @@ class SourceStream:
             return []
         return [self._encoder.num_tokens(image) for image in images.inputs]
 
-    def _for_rewards(self, entry: Mapping[str, Any], images: _RowImages) -> Mapping[str, Any]:
+    def _for_rewards(
+        self, entry: Mapping[str, Any], images: _RowImages, row: int
+    ) -> Mapping[str, Any]:
         """The row as reward workers get it: sizes of images instead of images, which would be sent
-        to another process with every rollout."""
+        to another process with every rollout, and options without the labels of other rows."""
+        choices = self.config.choices
+        if choices is not None and isinstance(entry[choices], Mapping):
+            entry = {**entry, choices: without_none(entry[choices])}
         if self.config.images is None or self._encoder is None:
             return entry
         sizes = [list(self._encoder.model_size(image)) for image in images.inputs]
         rest = without_column(entry, self.config.images)
+        if self.config.images == self.config.question:  # the images stood in the conversation
+            rest[self.config.images] = self._question(entry, row)
         return {**rest, ORIGINAL_IMAGE_SIZES: images.original_sizes, MODEL_IMAGE_SIZES: sizes}
+
+    def _check_thinking(self, is_opened: bool) -> None:
+        """Says so, once, where a reward's parameter contradicts the prompts."""
+        for spec in self._reward_specs if not self._has_prompted else ():
+            told = spec.parameters.get(PROMPT_OPENS_THINK, is_opened)
+            if spec.function == "thinking_format" and told != is_opened:
+                logger.warning(
+                    "source %r: thinking_format has prompt_opens_think: %s, but its prompts %s "
+                    "with <think>; leave the parameter out to go by the prompts",
+                    self.config.name,
+                    str(told).lower(),
+                    "end" if is_opened else "do not end",
+                )
+        self._has_prompted = True
 
     def _skip(self, reason: str, row: int, text: str) -> None:
         """Counts a skipped row, and says so the first time. Raises `DataError` when too many are.
@@ -418,11 +445,4 @@ class SourceStream:
         if self.config.system is not None and question[0]["role"] != "system":
             turns.append({"role": "system", "content": self.config.system})
         text = fill(self._template, question=question[-1]["content"])
-        return [*turns, *question[:-1], {"role": "user", "content": text}]
-
-
-def _question_text(question: str | list[Message]) -> str:
-    """A question as it is compared with others: whitespace at the ends aside."""
-    if isinstance(question, str):
-        return question.strip()
-    return json.dumps([[turn["role"], turn["content"].strip()] for turn in question])
+        return [*turns, *question[:-1], {**question[-1], "content": text}]

@@ -22,6 +22,7 @@ from torch import Tensor
 from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
 from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
+from recap_fast.model.chat_template import MEDIA
 from recap_fast.model.vision import is_vision_language, make_adapter, tower_heads
 from recap_fast.types import UserError
 
@@ -59,11 +60,14 @@ def resolve_model(path: str) -> str:
         if not (folder / "config.json").exists():
             _convert_smollm2(folder)
         return str(folder)
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise ModelError(f"model.path: {path} is a folder without config.json")
+    # Of os.path, because pathlib raises for names that are too long for the system.
+    path = os.path.expanduser(path)
+    shown = path if len(path) <= 200 else path[:197] + "..."
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise ModelError(f"model.path: {shown} is a folder without config.json")
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_like_path and not Path(path).is_dir():
-        raise ModelError(f"model.path: {path} is not a folder (nor {SMOLLM2!r}, nor a hub name)")
+    if not os.path.isdir(path) and (looks_like_path or path != shown):
+        raise ModelError(f"model.path: {shown} is not a folder (nor {SMOLLM2!r}, nor a hub name)")
     return path
 
 
@@ -156,13 +160,20 @@ class Policy:
         return self.vision.embed(ids, batch.images)
 
     def check_length(self, tokens: int) -> None:
-        """Raises `ModelError` where the model has fewer positions than a rollout may need."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
-            raise ModelError(
-                f"data.max_prompt_tokens and the larger of rollout.max_new_tokens and "
-                f"evaluation.max_new_tokens make {tokens} tokens; the model has {limit} positions"
-            )
+        """Raises `ModelError` where the model has fewer positions than a sequence may need, or a
+        sliding window that a sequence may not fit into."""
+        config = self.model.config.get_text_config()
+        limits = {
+            "positions": getattr(config, "max_position_embeddings", None),
+            "tokens in its sliding window, which packed attention does not have": _window(config),
+        }
+        for what, limit in limits.items():
+            if limit is not None and tokens > limit:
+                raise ModelError(
+                    f"sequences may have {tokens} tokens (data.max_prompt_tokens with the larger "
+                    f"of rollout.max_new_tokens and evaluation.max_new_tokens, or "
+                    f"data.max_supervised_tokens); the model has {limit} {what}"
+                )
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -178,13 +189,45 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _window(config: Any) -> int | None:
+    """Tokens that a layer attends to at most; None for all of them. Models without a list of
+    layers' types have the window in each."""
+    types = getattr(config, "layer_types", None)
+    applies = types is None or "sliding_attention" in types
+    return getattr(config, "sliding_window", None) if applies else None
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: it cannot be loaded, has no EOS, or has tokens that the model has not.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path: the tokenizer of {path} has no end-of-sequence token")
+    config = _from_pretrained(AutoConfig, path).get_text_config()
+    _check_vocabulary(tokenizer, getattr(config, "vocab_size", None), path)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int | None, path: str) -> None:
+    """Raises `ModelError` for tokens without an embedding, which would end the run in the middle.
+
+    A token that stands for images or sounds may be one: the tokenizer of Gemma 3's text model
+    has that of the larger models' images, and rows that spell it out are skipped.
+    """
+    media = {getattr(tokenizer, f"{kind}_token", None) for kind in MEDIA}
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = {i: name for name, i in vocabulary if size is not None and i >= size}
+    if not set(beyond.values()) <= media:
+        raise ModelError(
+            f"model.path: the tokenizer of {path} has {len(tokenizer)} tokens, and the model "
+            f"embeddings for {size}: {beyond[min(beyond)]!r} has none; resize them "
+            f"(resize_token_embeddings) and save the model again"
+        )
 
 
 def load_policy(

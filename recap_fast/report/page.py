@@ -306,7 +306,8 @@ def _mixing(config: TrainConfig) -> str:
 
 
 def _describe_source(source: SourceConfig) -> str:
-    data = source.path or f"reasoning-gym {source.reasoning_gym}"
+    path = ", ".join(source.path) if isinstance(source.path, list) else source.path
+    data = path or f"reasoning-gym {source.reasoning_gym}"
     trains = ", ".join(source.rewards) if source.kind == "rl" else source.objective
     replay = ", replay" if source.is_replay else ""
     return f"{source.name} ({source.kind}{replay}): {data}; objectives: {trains}"

@@ -9,8 +9,19 @@ from typing import Any, Literal
 from recap_fast.rewards.answers import extract_answer
 from recap_fast.types import MODEL_IMAGE_SIZES, ORIGINAL_IMAGE_SIZES, RewardSample
 
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_BETWEEN = r"(?:\s*[,;]\s*|\s+)"
+_PAIR = rf"[\[(]\s*{_NUMBER}{_BETWEEN}{_NUMBER}\s*[\])]"
+_BOX = re.compile(
+    rf"[\[(]\s*{_NUMBER}(?:{_BETWEEN}{_NUMBER}){{3}}\s*,?\s*[\])]"  # [x1, y1, x2, y2]
+    rf"|{_PAIR}(?:\s*,?\s*{_PAIR})+"  # (x1,y1),(x2,y2); more corners are no box
+)
+_BARE_BOX = re.compile(rf"(?<![\w.]){_NUMBER}(?:{_BETWEEN}{_NUMBER}){{3}}(?!\w)")
+_ANY_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
+_MARKS = re.compile(
+    r"<\|object_ref_start\|>.*?<\|object_ref_end\|>|<\|box_(?:start|end)\|>", re.DOTALL
+)
+"""Around the object's name and the box, as Qwen2-VL writes them."""
 _Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 _Extent = tuple[float, float]  # how many units an image is wide and high
 
@@ -37,8 +48,10 @@ def iou(
 ) -> float:
     """Intersection over union of the box in the answer and the true one, in [0, 1].
 
-    The answer's box is [x1, y1, x2, y2] with x1 < x2 and y1 < y2; without one the reward is 0, and
-    of several the last counts. What of it lies outside of the image counts as not overlapping.
+    The answer's box is [x1, y1, x2, y2] with x1 < x2 and y1 < y2, alone or in JSON, or
+    (x1,y1),(x2,y2), as Qwen2-VL writes it, or four numbers without brackets and no others. The
+    reward is 0 without one and for several that differ: listing candidates must not pay. What of a
+    box lies outside of the image counts as not overlapping.
 
     Pixels of the truth are those of the image's file, pixels of the answer those of the image as
     the model sees it, after resizing; the sizes of the row's first image connect the two. In a row
@@ -98,21 +111,32 @@ def _true_box(answer: Any, box_format: BoxFormat, units: BoxUnits) -> _Box:
 
 def _numbers(answer: Any) -> _Box | None:
     """Four numbers, as a list or in a text."""
-    if isinstance(answer, str):
-        found = _BOX.findall(answer)
-        values: Any = [float(number) for number in found[-1]] if found else []
-    else:
-        values = answer if isinstance(answer, list | tuple) else []
-    if len(values) != 4 or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
-    ):
+    values = _find(answer) if isinstance(answer, str) else answer
+    if not isinstance(values, list | tuple) or len(values) != 4:
+        return None
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in values):
         return None
     x1, y1, x2, y2 = map(float, values)
     return x1, y1, x2, y2
 
 
+def _find(text: str) -> tuple[float, ...] | None:
+    """The numbers of the one box that a text names, however often; None for none or several."""
+    text = _MARKS.sub(" ", text)
+    found = {_floats(match) for match in _BOX.findall(text)}
+    if not found and not any(bracket in text for bracket in "[](){}"):
+        bare = _BARE_BOX.search(text)
+        if bare is not None and len(_ANY_NUMBER.findall(text)) == 4:
+            return _floats(bare[0])
+    return found.pop() if len(found) == 1 else None
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in re.findall(_NUMBER, text))
+
+
 def _box(text: str) -> _Box | None:
-    """The last box of an answer, if it is one."""
+    """The box of an answer, if it is one."""
     numbers = _numbers(text)
     return numbers if numbers is not None and _is_box(numbers) else None
 

@@ -20,20 +20,22 @@ from typing import Any
 from recap_fast.rewards.answers import accuracy, extract_answer
 from recap_fast.rewards.boxes import iou
 from recap_fast.rewards.unreadable import Unreadable, describe
-from recap_fast.types import RewardSample
+from recap_fast.types import PROMPT_OPENS_THINK, RewardSample
 
 _THINKING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
-def thinking_format(sample: RewardSample, *, prompt_opens_think: bool = False) -> float:
+def thinking_format(sample: RewardSample, *, prompt_opens_think: bool | None = None) -> float:
     """1 if a completion is <think>...</think> and then <answer>...</answer>, each tag exactly
     once, both with content (a thought of some letter or digit), and nothing but whitespace around
     them; else 0.
 
     Args:
         prompt_opens_think: the chat template ends the prompt with "<think>", so the completion
-            starts inside of it.
+            starts inside of it. Unset: what the data stage saw of the prompt.
     """
+    if prompt_opens_think is None:
+        prompt_opens_think = bool(sample.entry.get(PROMPT_OPENS_THINK))
     text = "<think>" + sample.completion if prompt_opens_think else sample.completion
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     if any(text.count(tag) != 1 for tag in tags):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recap_fast.model.chat_template import turn_end_id
 from recap_fast.model.vision import VisionAdapter, VisionError
 from recap_fast.types import FinishReason, Prompt, Rollout, SamplingSpec, UserError
 
@@ -71,10 +72,13 @@ def iter_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a completion: the generation config's and the tokenizer's EOS."""
+    """Every token that ends a completion: the generation config's and the tokenizer's EOS, and
+    what the chat template ends an assistant's turn with, which base models' configurations do not
+    mention and replayed rows teach."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     found = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(x) for x in [*found, tokenizer.eos_token_id] if x is not None)
+    found = [*found, tokenizer.eos_token_id, turn_end_id(tokenizer)]
+    return frozenset(int(x) for x in found if x is not None)
 
 
 def check_prompts(
@@ -120,14 +124,16 @@ def build_rollouts(
 ) -> list[Rollout]:
     """Makes the records from each prompt's completions (token ids and log-probs).
 
-    A greedy engine gives one completion a prompt, which stands for all n.
+    A greedy engine gives one completion a prompt, which stands for all n. Texts keep all tokens but
+    the one that stopped: tags such as <think> are special tokens of some tokenizers.
     """
     rollouts = []
     for group, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
         for token_ids, logprobs in list(samples) * (n // len(samples)):
             stopped = bool(token_ids) and token_ids[-1] in stop_ids
             reason: FinishReason = "stop" if stopped else "length"
-            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+            said = token_ids[:-1] if stopped else token_ids
+            text = tokenizer.decode(said, skip_special_tokens=False)
             rollouts.append(Rollout(prompt, group, token_ids, logprobs, reason, text))
     return rollouts
 

@@ -129,7 +129,7 @@ def evaluate_model(config: TrainConfig, path: str) -> dict[str, float]:
     stream = DataStream(config.data, tokenizer, config.seed, images)
     with RewardScorer(config.data.sources, config.objectives, config.rewards) as scorer:
         policy = load_policy(config.model, path)
-        policy.check_length(config.max_rollout_tokens)
+        policy.check_length(config.max_sequence_tokens)
         engine = make_engine(
             config.rollout,
             model=policy.model,

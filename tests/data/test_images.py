@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import zlib
@@ -56,6 +57,10 @@ def test_every_form_of_an_image_is_read(tmp_path):
         bytearray(content),
         {"bytes": content, "path": "gone.png"},
         {"bytes": None, "path": "a.png"},
+        (tmp_path / "a.png").as_uri(),
+        {"path": f"file://localhost{tmp_path}/a.png"},
+        f"data:image/png;base64,{base64.b64encode(content).decode()}",
+        f"data:;base64,{base64.b64encode(content).decode()}",
     ):
         assert read_image(cell, tmp_path) == content
     image = picture(8, 8)
@@ -66,6 +71,8 @@ def test_paths_without_a_folder_are_relative_to_the_current_one(tmp_path, monkey
     (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert read_image("a.png", None) == b"x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_image("~/a.png", tmp_path / "elsewhere") == b"x"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +88,10 @@ def test_paths_without_a_folder_are_relative_to_the_current_one(tmp_path, monkey
         (".", "image_unreadable", "directory"),
         ("a\0b", "image_unreadable", "null"),
         ("x" * 5000, "image_unreadable", "too long"),
+        ("file:///gone/a.png", "image_missing", "no such file"),
+        ("data:image/png;base64,&", "image_unreadable", "a data URI that cannot be read"),
+        ("data:image/svg+xml,<svg/>", "image_unreadable", "not in base64"),
+        ("data:", "image_unreadable", "not in base64"),
     ],
 )
 def test_cells_that_hold_no_image(tmp_path, cell, reason, words):

@@ -413,9 +413,10 @@ def test_bad_targets(tmp_path):
         ("missing.parquet", "no such file"),
         (
             "rows.csv",
-            "ending in .jsonl or .parquet, or a hub dataset's name, got the ending '.csv'",
+            "ending in .jsonl, .json or .parquet, or a hub dataset's name (owner/name), got the "
+            "ending '.csv'",
         ),
-        ("rows.json", "got the ending '.json'"),
+        ("rows.json", "no such file"),
         (".", "got a folder"),
     ],
 )

@@ -110,6 +110,116 @@ def test_supervised_row_is_prompt_then_target_then_end(template, thinking, targe
     assert text_of(tokenizer, token_ids[num_prompt_tokens:]) == target_text
 
 
+@pytest.mark.parametrize(
+    ("template", "target_text"),
+    [
+        ("{% for m in messages %}{{ m['content'] }} [END]\n{% endfor %}", "2 [END]</s>"),
+        ("{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}</s>", "2<|im_end|>"),
+        (CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"), "2<|im_end|>"),
+    ],
+    ids=["text", "two-marks", "permanent-generation-prompt"],
+)
+def test_target_ends_with_one_token_that_stops(template, target_text):
+    tokenizer = tiny_tokenizer(template, end="</s>")
+    token_ids, num_prompt_tokens = ChatRenderer(tokenizer).supervised(USER, "2")
+    assert text_of(tokenizer, token_ids[num_prompt_tokens:]) == target_text
+
+
+# -- templates that open the thought
+
+_ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
+
+
+def thinking(opening, finished):
+    """A template that ends prompts with `opening`, and writes finished turns in its own way."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}" + finished + "{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}" + _ASKED.replace("%s", opening)
+    )
+
+
+DROPS = "{{ m.content.split('</think>')[-1] }}"  # DeepSeek-R1's distillations
+KEEPS = "{{ m.content }}"
+OPENS = "<think>\n{{ m.content }}"
+REWRITES = (  # Qwen3's thinking models
+    "{% set parts = m.content.split('</think>') %}<think>\n"
+    "{% if parts | length > 1 %}{{ parts[0].split('<think>')[-1].strip() }}{% endif %}"
+    "\n</think>\n\n{{ parts[-1].lstrip() }}"
+)
+
+
+@pytest.mark.parametrize("finished", [DROPS, KEEPS, OPENS, REWRITES])
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>"])
+@pytest.mark.parametrize(
+    ("target", "thought"),
+    [
+        ("<think>\n1 and 1\n</think>\n\n2", "1 and 1"),
+        ("<think>1 and 1</think>2", "1 and 1"),
+        ("\n<think> 1 and 1 </think> 2", "1 and 1"),
+        ("1 and 1</think>2", "1 and 1"),
+        ("<think></think>2", ""),
+        ("2", ""),
+    ],
+)
+def test_a_thought_is_opened_and_closed_once(opening, finished, target, thought):
+    tokenizer = tiny_tokenizer(thinking(opening, finished))
+    renderer = ChatRenderer(tokenizer)
+    token_ids, num_prompt_tokens = renderer.supervised(USER, target)
+    assert token_ids[:num_prompt_tokens] == renderer.prompt(USER)
+    text = text_of(tokenizer, token_ids).rpartition("assistant\n")[2]
+    assert text.count("<think>") == text.count("</think>") == 1
+    before, _, after = text.partition("</think>")
+    assert before.removeprefix("<think>").strip() == thought
+    assert after.strip() == "2<|im_end|>"
+
+
+@pytest.mark.parametrize("tag", ["[THINK]", "<thought>", "<seed:think>", "◁think▷"])
+def test_thoughts_in_other_tags(tag):
+    tokenizer = tiny_tokenizer(thinking(tag, KEEPS))
+    tokenizer.add_tokens(["◁", "▷"])
+    renderer = ChatRenderer(tokenizer)
+    closing = f"{tag[0]}/{tag[1:]}"
+    for target in (f"{tag}1{closing}2", "2"):
+        text = text_of(tokenizer, renderer.supervised(USER, target)[0])
+        assert text.count(tag) == text.count(closing) == 1
+    assert not renderer.opens_thought(renderer.prompt(USER))
+
+
+def test_thought_that_the_template_leaves_out_is_kept():
+    """The first of DeepSeek-R1's templates, which opens nothing."""
+    tokenizer = tiny_tokenizer(thinking("", DROPS))
+    target = "<think>1 and 1</think>2"
+    token_ids, num_prompt_tokens = ChatRenderer(tokenizer).supervised(USER, target)
+    assert text_of(tokenizer, token_ids[num_prompt_tokens:]) == target + "<|im_end|>"
+
+
+def test_target_after_a_closed_thought():
+    tokenizer = tiny_tokenizer()
+    renderer = ChatRenderer(tokenizer, enable_thinking=False)
+    for target in ("2", "<think>\n\n</think>\n\n2"):
+        text = text_of(tokenizer, renderer.supervised(USER, target)[0])
+        assert text.endswith("assistant\n<think>\n\n</think>\n\n2<|im_end|>")
+    with pytest.raises(ValueError, match="closes an empty thought .*enable_thinking"):
+        renderer.supervised(USER, "<think>1 and 1</think>2")
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "opened"),
+    [
+        (thinking("<think>\n", KEEPS), "1+1?", True),
+        (thinking("<think>", KEEPS), "1+1?", True),
+        (CHATML, "1+1?", False),
+        (CHATML, "Think in <think>", False),
+        (None, "1+1? <think>", True),
+        (None, "1+1? <think></think>", False),
+    ],
+)
+def test_prompts_that_open_the_thought(template, question, opened):
+    renderer = ChatRenderer(tiny_tokenizer(template))
+    assert renderer.opens_thought(renderer.prompt(user(question))) == opened
+
+
 def test_prompt_stays_a_prefix_where_tokens_merge_across_the_border():
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
@@ -122,11 +232,10 @@ def test_prompt_stays_a_prefix_where_tokens_merge_across_the_border():
         return {"input_ids": ids}
 
     class Merging:
-        chat_template = tokenizer.chat_template
-        bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        get_chat_template = staticmethod(tokenizer.get_chat_template)
-        apply_chat_template = staticmethod(tokenizer.apply_chat_template)
         __call__ = staticmethod(merging)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
 
     renderer = ChatRenderer(Merging())
     token_ids, num_prompt_tokens = renderer.supervised(USER, "2")
@@ -218,3 +327,5 @@ def test_tokens_of_images_in_a_text_are_found():
         assert renderer.vision_token_in(f"a {token} b") == token
     assert renderer.vision_token_in("<image> vision_start") is None
     assert ChatRenderer(tokenizer).vision_token_in(IMAGE) is None
+    tokenizer.image_token = IMAGE  # of a text model whose tokenizer it shares with larger ones
+    assert ChatRenderer(tokenizer).vision_token_in(f"a {IMAGE} b") == IMAGE

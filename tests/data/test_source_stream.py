@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import pickle  # noqa: TID251 (as entries go to the reward workers)
@@ -11,6 +12,8 @@ from PIL import Image
 
 from recap_fast.config import DataConfig, SourceConfig
 from recap_fast.data.mix import DataError, DataStream
+from recap_fast.rewards.functions import thinking_format
+from recap_fast.types import RewardSample
 from tests.vision_rows import (
     END,
     IMAGE,
@@ -460,3 +463,120 @@ def test_images_without_an_encoder(folder):
 def test_column_of_images_must_be_there(folder):
     with pytest.raises(DataError, match=r"no column 'picture' \(`images` of the source\)"):
         prompts(write_rows(folder, rows(1)), images="picture")
+
+
+# -- conversations with parts
+
+
+def test_images_in_the_parts_of_a_conversation(folder):
+    uri = "data:image/png;base64," + base64.b64encode((folder / "1.png").read_bytes()).decode()
+    for held, number in [
+        ({"type": "image", "image": "0.png"}, 0),
+        ({"type": "image_url", "image_url": {"url": uri}}, 1),
+        ({"type": "image", "image": (folder / "2.png").as_uri()}, 2),
+    ]:
+        content = [held, {"type": "text", "text": "What?"}]
+        row = {"messages": [{"role": "user", "content": content}], "answer": "1"}
+        keys = {"question": "messages", "images": "messages", "prompt": "{question}!"}
+        prompt = prompts(write_rows(folder, [row]), **keys)[0]
+        assert f"user\n{START}{IMAGE * 2}{END}What?!<" in TOKENIZER.decode(prompt.token_ids)
+        assert prompt.images[0].image.tobytes() == picture(56, 28, seed=number).tobytes()
+        assert prompt.entry["messages"] == [{"role": "user", "content": "<image>What?"}]
+        assert prompt.entry["original_image_sizes"] == [[56, 28]]
+
+
+def test_parts_without_images_beside_a_column(folder):
+    """TRL's shape of vision rows, as Parquet stores it: every part with every key."""
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": content}], "answer": "1", "image": ["0.png"]}
+    prompt = prompts(write_table(folder, [row]), question="messages")[0]
+    assert f"user\n{START}{IMAGE * 2}{END}What?<" in TOKENIZER.decode(prompt.token_ids)
+
+
+def test_target_in_a_conversation_with_parts(folder):
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A digit."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "4"}]},
+    ]
+    path = write_rows(folder, [{"messages": turns, "image": "0.png"}])
+    row = stream(source(path, "sft", question="messages")).next_step().supervised[0]
+    assert TOKENIZER.decode(row.token_ids[row.num_prompt_tokens :]) == "4<|im_end|>"
+    assert "A digit.<|im_end|>" in TOKENIZER.decode(row.token_ids[: row.num_prompt_tokens])
+
+
+# -- the same question in other shapes
+
+
+def shapes(text):
+    parts = [{"type": "text", "text": text}]
+    return {
+        "text": text,
+        "spaces": f" {text.replace(' ', '  ')}\n",
+        "turn": [{"role": "user", "content": text}],
+        "parts": [{"role": "user", "content": parts}],
+        "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}],
+    }
+
+
+@pytest.mark.parametrize("first", ["text", "turn", "system"])
+def test_held_out_questions_of_other_shapes_are_passed_over(tmp_path, first):
+    sources = []
+    for shape in shapes(""):
+        (tmp_path / shape).mkdir()
+        made = [
+            {"question": shapes(f"What is {i} plus 1?")[shape], "answer": "1"} for i in range(8)
+        ]
+        path = write_rows(tmp_path / shape, made)
+        keys = {"held_out": 4 if shape == first else 0, "images": None}
+        sources.append(source(path, **keys).model_copy(update={"name": shape}))
+    data = stream(*sources, batch_size=10)
+    held_out = {prompt.row for prompt in data.held_out(first)}
+    drawn = {(p.source, p.row) for _ in range(6) for p in data.next_step().prompts}
+    assert drawn == {(shape, row) for shape in shapes("") for row in set(range(8)) - held_out}
+
+
+# -- prompts that open the thought
+
+
+@pytest.mark.parametrize("parameter", [None, True, False])
+def test_prompts_that_open_the_thought_say_so(tmp_path, caplog, parameter):
+    path = write_rows(tmp_path, [{"question": "q <think>", "answer": "1"}] * 3)
+    spec = {"function": "thinking_format", "parameters": {}}
+    if parameter is not None:
+        spec["parameters"] = {"prompt_opens_think": parameter}
+    plain = vision_tokenizer(None)
+    config = DataConfig(sources=[source(path, images=None, rewards={"thoughts": spec})])
+    with caplog.at_level(logging.WARNING):
+        prompt = DataStream(config, plain, 0).next_step().prompts[0]
+    assert prompt.entry["prompt_opens_think"] is True
+    assert ("but its prompts end with <think>" in caplog.text) == (parameter is False)
+    sample = RewardSample("1</think><answer>1</answer>", "1", prompt.entry, 5, 9, "stop")
+    assert thinking_format(sample, **spec["parameters"]) == float(parameter is not False)
+
+
+def test_prompts_that_do_not_open_the_thought(tmp_path, caplog):
+    path = write_rows(tmp_path, [{"question": "q", "answer": "1"}] * 3)
+    spec = {"function": "thinking_format", "parameters": {"prompt_opens_think": True}}
+    with caplog.at_level(logging.WARNING):
+        prompt = prompts(path, images=None, rewards={"thoughts": spec})[0]
+    assert "prompt_opens_think" not in prompt.entry
+    assert "prompt_opens_think: true, but its prompts do not end with <think>" in caplog.text
+
+
+# -- answers and options as they are
+
+
+def test_lists_of_answers_and_labelled_options_reach_rewards(tmp_path):
+    rows = [
+        {"question": "q", "answer": ["4", "four"], "options": {"A": "4", "B": "5"}},
+        {"question": "r", "answer": "C", "options": {"A": "x", "C": "y"}},
+    ]
+    path = write_table(tmp_path, rows[:1] + [rows[1] | {"answer": ["C"]}])
+    rewards = {"mine": "tests.tiny_rewards:constant"}
+    got = prompts(path, batch_size=2, images=None, choices="options", rewards=rewards)
+    got = sorted(got, key=lambda prompt: prompt.row)
+    assert got[0].answer == ["4", "four"]
+    assert got[1].entry["options"] == {"A": "x", "C": "y"}  # Parquet's has B: None
+    assert got[1].text == "r\n(A) x\n(C) y"

@@ -8,7 +8,7 @@ import pytest
 
 from recap_fast.config import SourceConfig
 from recap_fast.data.row_columns import DataError
-from recap_fast.data.sources import open_rows
+from recap_fast.data.sources import image_folder, open_rows
 
 
 def source(path="owner/name", kind="rl", **keys):
@@ -71,3 +71,127 @@ def test_limit_of_rows_of_a_file(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in table(9, "q")))
     assert len(open_rows(source(path, max_rows=4), 0)) == 4
     assert len(open_rows(source(path, max_rows=40), 0)) == 9
+
+
+# -- files
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def texts(rows):
+    return [rows[i]["question"] for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rows: json.dumps(rows),
+        lambda rows: json.dumps(rows, indent=2),
+        lambda rows: json.dumps({"data": rows}),
+        lambda rows: json.dumps({"version": 1, "data": rows, "splits": ["a"]}, indent=1),
+        lambda rows: json.dumps({"rows": rows}),
+        lambda rows: "\ufeff" + json.dumps(rows),
+        lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+        lambda rows: "\r\n".join(json.dumps(row) for row in rows),
+    ],
+)
+def test_json_documents(tmp_path, make):
+    path = tmp_path / "rows.json"
+    path.write_text(make(table(3, "q")), encoding="utf-8")
+    rows = open_rows(source(path), 0)
+    assert texts(rows) == ["q0", "q1", "q2"]
+    assert "rows.json" in rows.where(1)
+
+
+def test_json_of_a_single_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(table(1, "q")[0]) + "\n", encoding="utf-8")
+    assert texts(open_rows(source(path), 0)) == ["q0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("[]", "no rows"),
+        ('{"data": []}', "no rows"),
+        ("3", "wanted a list of objects, .*got int"),
+        ('{"a": [1], "b": [2]}', "an object with 2 lists and the keys a, b"),
+        ('[{"question": "q", "answer": "1"}, 3]', "row 1: wanted a JSON object, got int"),
+        ('[{"question": "q"}]', "row 0: no column 'answer'"),
+        ('[{"question": "q",\n "answer": }]', "not valid JSON: .* at line 2, column 12"),
+        ('{"question": "q", "answer": "1"}\n{"question"}', "rows.json:2: not valid JSON"),
+    ],
+)
+def test_json_documents_that_cannot_be_used(tmp_path, text, message):
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        open_rows(source(path), 0)
+
+
+def test_patterns_and_lists_of_files(tmp_path):
+    for name in ("b", "a", "deep/c"):
+        write(tmp_path / f"{name}.jsonl", table(2, name[-1]))
+    (tmp_path / "d.json").write_text(json.dumps(table(1, "d")))
+    (tmp_path / "notes.txt").write_text("none")
+    assert texts(open_rows(source(f"{tmp_path}/*.jsonl"), 0)) == ["a0", "a1", "b0", "b1"]
+    assert texts(open_rows(source(f"{tmp_path}/*"), 0)) == ["a0", "a1", "b0", "b1", "d0"]
+    everywhere = source(f"{tmp_path}/**/*.jsonl")
+    assert texts(open_rows(everywhere, 0)) == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    keys = {"name": "s", "kind": "rl", "rewards": {"accuracy": "accuracy"}}
+    listed = SourceConfig(path=[f"{tmp_path}/b.jsonl", f"{tmp_path}/d*"], **keys)
+    rows = open_rows(listed, 0)
+    assert texts(rows) == ["b0", "b1", "d0"]
+    assert rows.where(2).endswith("d.json: row 0")
+    few = SourceConfig(path=f"{tmp_path}/*.jsonl", max_rows=3, **keys)
+    assert len(open_rows(few, 0)) == 3
+    bracket = write(tmp_path / "e[1].jsonl", table(1, "e"))
+    assert texts(open_rows(source(bracket), 0)) == ["e0"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("*.jsonl", "fit this pattern, got none"),
+        ("*.txt", "fit this pattern, got 1 files of other kinds"),
+        (["owner/name"], "a list of paths holds files"),
+        (["notes.txt"], "got the ending '.txt'"),
+        (["gone.jsonl"], "no such file"),
+        ("x" * 5000, "is neither a file"),
+        ("x" * 5000 + ".jsonl", "no such file"),
+        ("/" + "x" * 5000, "wanted a file ending"),
+        ("./" + "x/" * 2500, "wanted a file ending"),
+        ("x" * 5000 + "/*", "fit this pattern, got none"),
+        ("a\0b.jsonl", "no such file"),
+    ],
+)
+def test_paths_that_cannot_be_used(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("none")
+    config = SourceConfig(name="s", kind="rl", path=path, rewards={"accuracy": "accuracy"})
+    with pytest.raises(DataError, match=message) as caught:
+        open_rows(config, 0)
+    assert len(str(caught.value)) < 400
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "rows.jsonl", table(2, "q"))
+    assert texts(open_rows(source("~/rows.jsonl"), 0)) == ["q0", "q1"]
+    assert texts(open_rows(source("~/*.jsonl"), 0)) == ["q0", "q1"]
+    assert image_folder(source("~/rows.jsonl", images="image")) == tmp_path
+    assert image_folder(source(images="image", image_folder="~/x")) == tmp_path / "x"
+
+
+def test_folder_of_images_of_several_files(tmp_path):
+    for name in ("a", "b", "deep/c"):
+        write(tmp_path / f"{name}.jsonl", table(1, "q"))
+    assert image_folder(source(f"{tmp_path}/*.jsonl", images="image")) == tmp_path
+    with pytest.raises(DataError, match="lie in 2 folders, such as .*image_folder"):
+        image_folder(source(f"{tmp_path}/**/*.jsonl", images="image"))
+    assert image_folder(source(images="image")) is None

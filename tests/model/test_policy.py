@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recap_fast.config import ModelConfig
 from recap_fast.model import policy as model_module
@@ -43,6 +45,20 @@ def test_trained_weights_are_float32_and_a_reference_is_frozen(folder):
 def test_path_that_is_none(path):
     with pytest.raises(ModelError, match="model.path"):
         resolve_model(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "/" + "x" * 5000, "~/" + "x" * 5000, "a\0b/c/d"])
+def test_path_that_no_system_takes(path):
+    with pytest.raises(ModelError, match="model.path: .* is not a folder") as caught:
+        resolve_model(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model(f"~/{folder.name}") == str(folder)
+    with pytest.raises(ModelError, match=f"{folder.parent}/gone is not a folder"):
+        resolve_model("~/gone")
 
 
 def test_folder_without_a_model(tmp_path):
@@ -121,8 +137,6 @@ def test_liger_has_the_switches_that_are_set(model_type):
 
 
 def rewrite_weights(source, target, change):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, target)
@@ -157,5 +171,68 @@ def test_damaged_weights(folder, tmp_path):
 def test_more_tokens_than_positions():
     policy = Policy(tiny_llama(), torch.float32)
     policy.check_length(1024)
-    with pytest.raises(ModelError, match="1025 tokens; the model has 1024"):
+    with pytest.raises(ModelError, match="1025 tokens .*; the model has 1024"):
         policy.check_length(1025)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "window"),
+    [
+        ("mistral", {"sliding_window": 64}, 64),
+        ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": 32, "pad_token_id": 0}, 32),
+        ("qwen2", {"sliding_window": 64}, None),  # written down, and not used
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, 64),
+        ("gemma3_text", {"sliding_window": 48}, 48),
+        ("llama", {}, None),
+    ],
+)
+def test_sliding_windows_shorter_than_a_sequence(model_type, settings, window):
+    sizes = {
+        "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, **sizes, **settings)
+    policy = Policy(AutoModelForCausalLM.from_config(config), torch.float32)
+    policy.check_length(window or 512)
+    if window is not None:
+        with pytest.raises(ModelError, match=f"{window + 1} tokens .* has {window} tokens in its"):
+            policy.check_length(window + 1)
+
+
+def tokenizer_folder(folder, target, special=(), added=(), **named):
+    """The model's folder with tokens added to its tokenizer up to and beyond the embeddings."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    unused = AutoConfig.from_pretrained(folder).vocab_size - len(tokenizer)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(unused)])
+    tokenizer.add_tokens(list(added))
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        ({"added": ["word"]}, {}),
+        ({"special": ["<think>", "</think>"]}, {}),
+        ({"special": ["<image>", "<think>"]}, {"image_token": "<image>"}),
+    ],
+)
+def test_tokenizer_larger_than_the_embeddings(folder, tmp_path, tokens, named):
+    path = tokenizer_folder(folder, tmp_path / "larger", **tokens, **named)
+    with pytest.raises(ModelError, match=r"model.path: .* embeddings for \d+: .* has none"):
+        load_tokenizer(path)
+
+
+def test_tokenizers_that_fit_the_embeddings(folder, tmp_path):
+    size = AutoConfig.from_pretrained(folder).vocab_size
+    assert len(load_tokenizer(str(folder))) <= size
+    assert len(load_tokenizer(tokenizer_folder(folder, tmp_path / "full"))) == size
+    # Gemma 3's text models: the token of the larger models' images, which no text has.
+    path = tokenizer_folder(folder, tmp_path / "image", ["<image>"], image_token="<image>")
+    tokenizer = load_tokenizer(path)
+    assert len(tokenizer) == size + 1

@@ -10,6 +10,7 @@ import torch
 
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout import vllm as adapter
+from recap_fast.rollout.embedded import EmbeddedEngine
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.protocol import (
     EngineError,
@@ -84,8 +85,20 @@ def test_stop_tokens_are_the_union_of_all_eos(tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [7, 9]
     assert stop_token_ids(model, tokenizer) == {7, 9, tokenizer.eos_token_id}
     model.generation_config.eos_token_id = 7
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = None
     assert stop_token_ids(model, tokenizer) == {7}
+
+
+def test_end_of_the_templates_turn_stops(tokenizer: Any) -> None:
+    """A base model: its generation config and its tokenizer know the end of a document only."""
+    tokenizer.eos_token = "</s>"
+    model = random_llama()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(model, tokenizer) == {tokenizer.eos_token_id, end}
+    assert EmbeddedEngine(
+        RolloutConfig(), model=model, tokenizer=tokenizer, max_model_len=64
+    )._stop_ids == {tokenizer.eos_token_id, end}
 
 
 def test_prompt_seeds_differ_by_step_and_prompt() -> None:
@@ -101,3 +114,26 @@ def test_one_greedy_completion_stands_for_the_group(tokenizer: Any) -> None:
     ids = [*tokenizer("ab")["input_ids"], end]
     rollouts = build_rollouts([prompt], [[(ids, [0.0] * 3)]], 3, frozenset({end}), tokenizer)
     assert [(r.text, r.finish_reason, r.group) for r in rollouts] == [("ab", "stop", 0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("written", "stops", "text"),
+    [
+        ("<think>1</think><answer>2</answer></s>", True, "<think>1</think><answer>2</answer>"),
+        ("<think>1</think>", False, "<think>1</think>"),
+        ("2<|im_end|>3</s>", True, "2<|im_end|>3"),
+        ("</s>", True, ""),
+        ("2<|im_start|>", False, "2<|im_start|>"),
+    ],
+)
+def test_texts_lose_only_the_token_that_stopped(
+    tokenizer: Any, written: str, stops: bool, text: str
+) -> None:
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"], special_tokens=True)
+    prompt = Prompt("s", 0, [5], "", "", {})
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    end = frozenset(tokenizer.convert_tokens_to_ids(["</s>"]))
+    rollout = build_rollouts([prompt], [[(ids, [0.0] * len(ids))]], 1, end, tokenizer)[0]
+    assert rollout.text == text
+    assert rollout.token_ids == ids
+    assert rollout.finish_reason == ("stop" if stops else "length")
