@@ -117,7 +117,7 @@ def find_evaluated(folder: Path) -> tuple[Path, Path]:
     if is_model:
         run = folder / ".." / ".."
     elif folder.resolve().name == "checkpoints":
-        run = folder / ".."
+        run = folder.parent if folder.name else folder / ".."
     config = run / "config.yaml"
     if not config.exists() and is_model:
         raise CheckpointError(
