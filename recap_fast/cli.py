@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from recap_fast.quiet import quieten
 from recap_fast.types import UserError, WeightSyncError
 
 app = typer.Typer(
@@ -44,11 +43,16 @@ def train(
     from recap_fast.config import load_config
 
     loaded = load_config(config, overrides or ())
-    _quieten()
+    _log_to_console()
     from recap_fast.report.page import write_report
     from recap_fast.trainer import Trainer
+    from recap_fast.training.run_folder import FinishedRunError
 
-    trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
+    try:
+        trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
+    except FinishedRunError as done:
+        print(_after_the_end(str(done), loaded.run, loaded.training.steps))
+        return
     try:
         finished = trainer.train()
         report = write_report(trainer.run_dir)
@@ -60,9 +64,23 @@ def train(
         print(f"stopped after step {trainer.step}, checkpoint saved; --resume continues")
 
 
+def _after_the_end(what: str, run: str, steps: int) -> str:
+    more = f"--set training.steps={2 * steps}"
+    return (
+        f"{what}\n"
+        f"to evaluate it: recap-fast eval {run}\n"
+        f"to go on:       recap-fast train {run}/config.yaml --resume {more}"
+    )
+
+
 @app.command(name="eval")
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="YAML file or run folder", metavar="CONFIG|RUN")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file, run folder or folder of a checkpoint", metavar="CONFIG|RUN|CHECKPOINT"
+        ),
+    ],
     overrides: Overrides = None,
     tasks: Annotated[
         list[str] | None,
@@ -76,28 +94,35 @@ def evaluate(
         Path | None, typer.Option(help="further task definitions", exists=True, file_okay=False)
     ] = None,
 ) -> None:
-    """Evaluate a configuration's model or a run's newest checkpoint: on the sources' held-out rows,
-    or on the benchmarks given with --task."""
+    """Evaluate a configuration's model, a run's newest checkpoint or the checkpoint given: on the
+    sources' held-out rows, or on the benchmarks given with --task."""
     from recap_fast.config import load_config
 
     if not tasks and (harness or limit or task_folder):
         raise UserError("--harness, --limit and --task-folder need a --task that they apply to")
-    is_run = source.is_dir()
-    loaded = load_config(source / "config.yaml" if is_run else source, overrides or ())
-    _quieten()
-    from recap_fast.training.checkpoint import latest_checkpoint
+    _log_to_console()
+    file, path = source, None
+    if source.is_dir():
+        from recap_fast.training.run_folder import find_evaluated
 
-    path = str(latest_checkpoint(source / "checkpoints")) if is_run else loaded.model.path
+        file, path = find_evaluated(source)
+    loaded = load_config(file, overrides or ())
+    if path and loaded.model.path != load_config(file).model.path:
+        raise UserError(
+            f"model.path is set, and {source} names a checkpoint: give the configuration "
+            f"(recap-fast eval {file} --set model.path=...) or leave model.path out"
+        )
+    model = str(path or loaded.model.path)
     if tasks:
         from recap_fast.training.harness import evaluate_tasks
 
         scores = evaluate_tasks(
-            loaded, path, tasks, harness=harness, limit=limit, task_folder=task_folder
+            loaded, model, tasks, harness=harness, limit=limit, task_folder=task_folder
         )
     else:
         from recap_fast.training.evaluate import evaluate_model
 
-        scores = evaluate_model(loaded, path)
+        scores = evaluate_model(loaded, model)
     for name, value in scores.items():
         print(f"{name}\t{value:.4f}")
 
@@ -217,7 +242,7 @@ def digits(
     ] = False,
 ) -> None:
     """What training on one ability does to the others, by method; goes on where it was stopped."""
-    _quieten()
+    _log_to_console()
     from recap_fast.reproduce.digits_report import SIZES, run_digits
 
     if quick and large:
@@ -239,7 +264,7 @@ def text(
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
 ) -> None:
     """Sums learnt by SmolLM2-135M, with and without replay; goes on where it was stopped."""
-    _quieten()
+    _log_to_console()
     from dataclasses import replace
 
     from recap_fast.reproduce.text import FULL, QUICK, run_text
@@ -249,20 +274,11 @@ def text(
     print(run_text(folder, settings, jobs=jobs))
 
 
-def _quieten() -> None:
-    """One log through rich; the libraries' own progress bars and warnings about their own code
-    would tear the live view."""
-    for category in (SyntaxWarning, FutureWarning):
-        warnings.simplefilter("ignore", category)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::SyntaxWarning")  # for the reward workers
+def _log_to_console() -> None:
+    """One log through rich, which keeps the live view whole."""
     handler = RichHandler(console=_console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("recap_fast").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 def main() -> None:
@@ -271,6 +287,7 @@ def main() -> None:
 
     if sys.argv[1:2] in (["train"], ["eval"]):
         ensure_preload()
+    quieten()
     try:
         app()
     except UserError as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import sys
 
 import pytest
@@ -118,14 +119,31 @@ def test_missing_config(run, tmp_path):
 
 def test_folder_that_is_no_run(run, tmp_path):
     expect_user_error(run("report", tmp_path), str(tmp_path.name))
-    expect_user_error(run("eval", tmp_path), "config.yaml", "no such file")
+    expect_user_error(run("eval", tmp_path), "neither a run", "config.yaml", "nor a checkpoint")
+    expect_user_error(run("eval", tmp_path / "absent"), "absent", "no such file")
 
 
 def test_unknown_benchmark(run):
     expect_user_error(run("bench", "losses"), "losses", "policy_loss", "step")
 
 
-def test_train_eval_resume_and_report(run, config, tmp_path):
+def scores_of(result) -> dict[str, str]:
+    status, output, error = result
+    assert status == 0, error
+    return dict(line.split("\t") for line in output.splitlines() if "\t" in line)
+
+
+def test_eval_without_a_checkpoint(run, model, tmp_path):
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    settings = tiny_settings(tmp_path, model)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    for place in (run_folder, run_folder / "checkpoints"):
+        expect_user_error(run("eval", place), "no checkpoint to evaluate", "config.yaml")
+    expect_user_error(run("eval", model), "without a run", "eval CONFIG --set model.path=")
+
+
+def test_train_eval_resume_and_report(run, config, tmp_path, caplog):
     status, output, _ = run("train", config, "--set", "training.steps=2")
     assert status == 0
     assert "report.html" in output
@@ -133,17 +151,26 @@ def test_train_eval_resume_and_report(run, config, tmp_path):
     assert report.exists()
 
     expect_user_error(run("train", config), "--resume", "--overwrite")
-    expect_user_error(
-        run("train", config, "--resume", "--set", "training.steps=2"), "finished", "training.steps"
-    )
-    status, output, _ = run("train", config, "--resume", "--set", "training.steps=3")
+    status, output, _ = run("train", config, "--resume", "--set", "training.steps=2")
     assert status == 0
-    assert "finished 3 steps" in output
+    assert "finished: 2 of 2 steps" in output
+    assert f"recap-fast eval {tmp_path / 'run'}" in output
+    more = next(line for line in output.splitlines() if "--resume" in line)
+    more = shlex.split(more.partition("recap-fast ")[2])
+    assert more == [
+        "train", f"{tmp_path / 'run'}/config.yaml", "--resume", "--set", "training.steps=4",
+    ]  # fmt: skip
 
-    status, output, _ = run("eval", tmp_path / "run")
+    status, output, _ = run(*more)
     assert status == 0
-    names = {line.split("\t")[0] for line in output.splitlines() if "\t" in line}
-    assert {"eval/sums/length", "eval/words/loss"} <= names
+    assert "finished 4 steps" in output
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = scores_of(run("eval", tmp_path / "run"))
+    assert {"eval/sums/length", "eval/words/loss"} <= newest.keys()
+    assert f"evaluating {checkpoints / 'step-000004'}, the newest of 2" in caplog.messages
+    assert scores_of(run("eval", checkpoints / "step-000002")) != newest
+    expect_user_error(run("eval", tmp_path / "run", "--set", "model.path=x"), "model.path", "names")
 
     report.unlink()
     status, _, _ = run("report", tmp_path / "run")

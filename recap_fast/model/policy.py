@@ -23,6 +23,7 @@ from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
 from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
 from recap_fast.model.chat_template import MEDIA
+from recap_fast.model.folder import move_trainer_state
 from recap_fast.model.vision import is_vision_language, make_adapter, tower_heads
 from recap_fast.types import UserError
 
@@ -68,6 +69,7 @@ def resolve_model(path: str) -> str:
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_like_path or path != shown):
         raise ModelError(f"model.path: {shown} is not a folder (nor {SMOLLM2!r}, nor a hub name)")
+    move_trainer_state(Path(path))
     return path
 
 

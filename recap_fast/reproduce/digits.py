@@ -333,7 +333,7 @@ def ensure_base(
         run_grid([Cell(f"base, {name}", settings.seed, config)], 1, console)
         model = latest_checkpoint(building / name / "checkpoints")
         seconds += sum(row.get("time/total") or 0.0 for row in read_metrics(building / name))
-    without_state = shutil.ignore_patterns("trainer_state.*")
+    without_state = shutil.ignore_patterns("trainer", "trainer_state.*")
     shutil.copytree(model, finished, ignore=without_state, dirs_exist_ok=True)
     scores: dict[str, float] = evaluate_model(evaluation(finished), str(finished))
     scores["seconds"] = seconds

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model folder, with the trainer's state beside the weights.
+"""Checkpoints: a Hugging Face model folder, with the trainer's state in a folder inside it.
 
 A checkpoint is written under a temporary name, flushed, and renamed: a folder called step-* is
 always complete. Tensors are safetensors, the rest is JSON; nothing is pickled.
@@ -19,13 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recap_fast.model.folder import STATE, TENSORS, is_checkpoint, move_trainer_state
 from recap_fast.types import UserError
 
 if TYPE_CHECKING:
     from recap_fast.data.images import ImageEncoder
-
-_TENSORS = "trainer_state.safetensors"
-_STATE = "trainer_state.json"
 
 
 class CheckpointError(UserError):
@@ -56,7 +54,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
-    if (final / _STATE).exists():  # complete, of the very same step
+    if is_checkpoint(final):  # complete, of the very same step
         return final
     staging = folder / f".{final.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
@@ -65,9 +63,10 @@ def save_checkpoint(
     if images is not None:
         images.save(staging)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    save_file(tensors, staging / _TENSORS)
+    (staging / STATE).parent.mkdir()
+    save_file(tensors, staging / TENSORS)
     content = {"step": state.step, "data": state.data}
-    (staging / _STATE).write_text(json.dumps(content), encoding="utf-8")
+    (staging / STATE).write_text(json.dumps(content), encoding="utf-8")
     _flush(staging)
     os.replace(staging, final)
     _flush_path(folder)
@@ -78,7 +77,7 @@ def save_checkpoint(
 
 def _flush(folder: Path) -> None:
     """Waits until the folder's files are on the disk, so that the rename cannot overtake them."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _flush_path(path)
 
 
@@ -92,7 +91,7 @@ def _flush_path(path: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / _STATE).exists())
+    return sorted(path for path in folder.glob("step-*") if is_checkpoint(path))
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -108,10 +107,15 @@ def latest_checkpoint(folder: Path) -> Path:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """Reads what stands beside the weights. The weights are read by `from_pretrained`."""
+    """Reads the trainer's part. The weights are read by `from_pretrained`.
+
+    Raises:
+        CheckpointError: it is damaged or lacks a file.
+    """
+    move_trainer_state(checkpoint)
     try:
-        content = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / _TENSORS)
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
     return TrainerState(content["step"], content["data"], tensors)

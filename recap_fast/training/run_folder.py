@@ -1,4 +1,5 @@
-"""Decides whether a run may start in its folder, or from which checkpoint it continues."""
+"""Decides whether a run may start in its folder, from which checkpoint it continues, and which is
+evaluated."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from recap_fast.config import ConfigError, TrainConfig, load_config
-from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint
+from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +22,18 @@ _OWN_NAMES = (
 """What a run writes. --overwrite removes these and nothing else."""
 
 
+class FinishedRunError(CheckpointError):
+    """A run to be resumed that has no steps left: nothing is wrong with it."""
+
+
 def prepare_folder(
     config: TrainConfig, run_dir: Path, resume: bool, overwrite: bool
 ) -> Path | None:
     """Returns the checkpoint to resume from, if any. Removes nothing.
 
     Raises:
-        CheckpointError: nothing to resume, or nothing left to do.
+        CheckpointError: nothing to resume.
+        FinishedRunError: nothing left to do.
         ConfigError: a folder that holds another run or cannot be made, or both flags at once.
     """
     if resume and overwrite:
@@ -81,9 +87,8 @@ def clear_folder(run_dir: Path) -> None:
 
 def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
     if step >= config.training.steps:
-        raise CheckpointError(
-            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done. "
-            f"Ask for more with --set training.steps=N"
+        raise FinishedRunError(
+            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done"
         )
     before = load_config(run_dir / "config.yaml")
     if before.objectives != config.objectives:
@@ -98,3 +103,41 @@ def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
     changed = [key for key, value in new_settings.items() if value != old_settings[key]]
     if changed:
         logger.warning("resuming with other settings under: %s", ", ".join(changed))
+
+
+def find_evaluated(folder: Path) -> tuple[Path, Path]:
+    """The configuration and the checkpoint that a folder given to `eval` stands for: a run's newest
+    checkpoint, or the very checkpoint.
+
+    Raises:
+        CheckpointError: there is none in it, or no run around it.
+    """
+    is_model = (folder / "config.json").exists()
+    run = folder
+    if is_model:
+        run = folder / ".." / ".."
+    elif folder.resolve().name == "checkpoints":
+        run = folder.parent if folder.name else folder / ".."
+    config = run / "config.yaml"
+    if not config.exists() and is_model:
+        raise CheckpointError(
+            f"{folder}: a model without a run around it; on a configuration's rows it is evaluated "
+            f"by: recap-fast eval CONFIG --set model.path={folder}"
+        )
+    if not config.exists():
+        raise CheckpointError(
+            f"{folder}: neither a run (it would have a config.yaml) nor a checkpoint (config.json)"
+        )
+    return config, folder if is_model else _newest(run, config)
+
+
+def _newest(run: Path, config: Path) -> Path:
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"{run}: no checkpoint to evaluate yet; the model that this run started from is "
+            f"evaluated by: recap-fast eval {config}"
+        )
+    others = f", the newest of {len(found)}" if len(found) > 1 else ""
+    logger.info("evaluating %s%s", found[-1], others)
+    return found[-1]

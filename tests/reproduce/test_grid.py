@@ -31,8 +31,8 @@ with (folder / "started").open("a") as file:
 if "BROKEN" in os.environ and os.environ["BROKEN"] in config:
     sys.exit("no luck")
 def stop(*_):
-    (folder / "checkpoints" / "step-000004").mkdir(parents=True)
-    (folder / "checkpoints" / "step-000004" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoints" / "step-000004" / "trainer").mkdir(parents=True)
+    (folder / "checkpoints" / "step-000004" / "trainer" / "state.json").write_text("{}")
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 with (folder / "metrics.jsonl").open("a") as file:
@@ -103,7 +103,7 @@ def test_an_interrupted_grid_leaves_no_run_behind(fake_runs, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_grid([cell], 1, SILENT)
     thread.join()
-    checkpoint = cell.folder / "checkpoints" / "step-000004" / "trainer_state.json"
+    checkpoint = cell.folder / "checkpoints" / "step-000004" / "trainer" / "state.json"
     deadline = time.monotonic() + 30
     while not checkpoint.exists():
         assert time.monotonic() < deadline, "the run was not asked to save and stop"

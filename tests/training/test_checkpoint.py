@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recap_fast.config import TrainConfig, load_config
+from recap_fast.model.folder import is_checkpoint
+from recap_fast.model.policy import resolve_model
+from recap_fast.rollout.vllm import why_unavailable
+from recap_fast.trainer import Trainer
+from recap_fast.training import checkpoint
 from recap_fast.training.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -12,7 +21,11 @@ from recap_fast.training.checkpoint import (
     load_state,
     save_checkpoint,
 )
-from tests.tiny import tiny_llama
+from recap_fast.training.evaluate import evaluate_model
+from recap_fast.training.harness import evaluate_tasks
+from recap_fast.types import UserError
+from tests.rollout.conftest import random_llama
+from tests.tiny import tiny_config, tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -28,7 +41,7 @@ def test_is_a_hugging_face_model(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
-    assert (folder / "model.safetensors").exists()
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
     # transformers without this package must not be asked for our attention.
     assert "recap_packed" not in (folder / "config.json").read_text()
     assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
@@ -82,9 +95,168 @@ def test_none_to_resume_from(tmp_path):
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "trainer_state.safetensors"])
+@pytest.mark.parametrize("name", ["trainer/state.json", "trainer/state.safetensors"])
 def test_damaged_state_is_reported(tmp_path, name):
     folder = save_checkpoint(tmp_path, state(1), tiny_llama(), tiny_tokenizer(), keep=1)
     (folder / name).write_bytes(b"{broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_state(folder)
+
+
+def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoint, "_flush_path", flushed.append)
+    folder = save_checkpoint(tmp_path, state(1), tiny_llama(), tiny_tokenizer(), keep=1)
+    written = {path.relative_to(folder) for path in folder.rglob("*")}
+    staging = tmp_path / ".step-000001.tmp"
+    assert {path.relative_to(staging) for path in flushed if path.is_relative_to(staging)} == (
+        written | {Path()}
+    )
+    assert flushed[-1] == tmp_path
+
+
+def as_of_old(folder: Path) -> Path:
+    """Puts a checkpoint's state to where earlier releases wrote it."""
+    (folder / "trainer" / "state.json").rename(folder / "trainer_state.json")
+    (folder / "trainer" / "state.safetensors").rename(folder / "trainer_state.safetensors")
+    (folder / "trainer").rmdir()
+    return folder
+
+
+@pytest.fixture
+def old(tmp_path):
+    return as_of_old(save_checkpoint(tmp_path, state(3), tiny_llama(), tiny_tokenizer(), keep=9))
+
+
+def test_old_checkpoints_count_and_are_resumed_from(old):
+    assert list_checkpoints(old.parent) == [old]
+    assert save_checkpoint(old.parent, state(3), tiny_llama(), tiny_tokenizer(), keep=9) == old
+    assert latest_checkpoint(old.parent) == old
+    loaded = load_state(old)
+    assert loaded.step == 3
+    assert loaded.tensors.keys() == state(3).tensors.keys()
+    assert not list(old.glob("trainer_state*"))
+
+
+@pytest.mark.parametrize("moved", [0, 1], ids=["before the first", "between the two"])
+def test_a_move_that_was_cut_short_goes_on(old, moved):
+    (old / "trainer").mkdir()
+    if moved:
+        (old / "trainer_state.safetensors").rename(old / "trainer" / "state.safetensors")
+    assert list_checkpoints(old.parent) == [old]
+    assert load_state(old).step == 3
+    assert not list(old.glob("trainer_state*"))
+
+
+def test_a_model_named_in_a_configuration_is_put_in_order(old):
+    assert resolve_model(str(old)) == str(old)
+    assert [path.name for path in old.glob("*.safetensors")] == ["model.safetensors"]
+    assert load_state(old).step == 3
+
+
+def test_what_another_trainer_wrote_is_left_alone(tmp_path):
+    """transformers' own has a trainer_state.json too, which it needs where it is."""
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    resolve_model(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "trainer_state.json"]
+
+
+def test_an_old_checkpoint_that_cannot_be_written_says_what_to_do(old, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("recap_fast.model.folder.os.replace", refuse)
+    with pytest.raises(UserError, match="step-000003: .*Permission denied.*copy"):
+        resolve_model(str(old))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a real run on the transformers engine, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = folder / "model"
+    random_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    steps = ["training.steps=2", "checkpoint.every=1", "checkpoint.keep=2"]
+    train(tiny_config(folder, model, "data.max_prompt_tokens=100", *steps))
+    return folder / "run"
+
+
+@pytest.fixture
+def newest(trained):
+    return latest_checkpoint(trained / "checkpoints")
+
+
+def train(config: TrainConfig) -> Trainer:
+    trainer = Trainer(config)
+    try:
+        assert trainer.train()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def greedy(folder: Path, texts: list[str], count: int) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    outputs = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        tokens = model.generate(
+            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        outputs.append(tokens[0, ids.shape[1] :].tolist())
+    return outputs
+
+
+def needs_vllm() -> None:
+    if reason := why_unavailable(torch.device("cpu")):
+        pytest.skip(f"vLLM cannot run here: {reason}")
+
+
+def test_lm_eval_opens_a_checkpoint(newest, trained, task_folder, own_tasks_only):
+    config = load_config(trained / "config.yaml")
+    scores = evaluate_tasks(config, str(newest), ["capitals"], task_folder=task_folder)
+    assert scores["eval/capitals/acc"] in [hits / 6 for hits in range(7)]
+
+
+def test_vllm_opens_a_checkpoint(newest):
+    """vLLM as anyone starts it, on the folder as it is: its tokens are the trained model's."""
+    needs_vllm()  # after which it runs in this process
+    import vllm
+    from vllm.distributed import parallel_state
+
+    texts = ["1+1=", "spell cat backwards"]
+    llm = vllm.LLM(
+        str(newest), dtype="float32", max_model_len=64, enforce_eager=True,
+        kv_cache_memory_bytes=2**24, disable_log_stats=True,
+    )  # fmt: skip
+    try:
+        settings = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs = llm.generate(texts, settings, use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
+    found = [list(output.outputs[0].token_ids) for output in outputs]
+    assert found == greedy(newest, texts, 8)
+
+
+def on_default_engine(folder: Path, model: Path) -> TrainConfig:
+    quick = ["rollout.dtype=float32", "rollout.cpu_kv_cache_gib=0.05", "training.steps=1"]
+    return tiny_config(folder, model, "rollout.engine=auto", "data.max_prompt_tokens=100", *quick)
+
+
+def test_a_checkpoint_is_trained_on_with_the_default_engine(trained, tmp_path):
+    needs_vllm()
+    config = on_default_engine(tmp_path, trained / "checkpoints" / "step-000001")
+    assert train(config).engine.name == "vllm"
+    assert is_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
+
+
+def test_an_old_checkpoint_is_evaluated_with_the_default_engine(trained, tmp_path):
+    needs_vllm()
+    start = as_of_old(shutil.copytree(trained / "checkpoints" / "step-000001", tmp_path / "start"))
+    scores = evaluate_model(on_default_engine(tmp_path, start), str(start))
+    assert {"eval/sums/length", "eval/words/loss"} <= scores.keys()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import lm_eval.tasks
 import pytest
 from typer.testing import CliRunner
 
@@ -19,38 +16,6 @@ from recap_fast.training.harness import HarnessError, evaluate_tasks
 from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
 
-TASK = """
-task: capitals
-dataset_path: json
-dataset_kwargs:
-  data_files: {data}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: [Paris, Rome]
-doc_to_target: answer
-metric_list:
-  - metric: acc
-"""
-
-
-@pytest.fixture
-def task_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [{"question": f"Capital {i}?", "answer": i % 2} for i in range(6)]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "capitals.yaml").write_text(TASK.format(data=data))
-    return folder
-
-
-@pytest.fixture
-def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without lm-eval's own index, which takes seconds to read."""
-    smaller = partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", smaller)
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -58,10 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("own_tasks_only")
-def test_lm_eval_scores_a_model(
-    tmp_path: Path, model: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_lm_eval_scores_a_model(tmp_path: Path, model: Path, task_folder: Path) -> None:
     config = tiny_config(tmp_path, model)
     scores = evaluate_tasks(config, str(model), ["capitals"], limit=4, task_folder=task_folder)
     assert set(scores) == {"eval/capitals/acc", "eval/capitals/acc_stderr"}
