@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recap_fast.training.checkpoint import (
     CheckpointError,
     TrainerState,
+    check_savable,
     latest_checkpoint,
     list_checkpoints,
     load_state,
@@ -88,3 +89,50 @@ def test_damaged_state_is_reported(tmp_path, name):
     (folder / name).write_bytes(b"{broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_state(folder)
+
+
+def test_a_trial_finds_what_could_not_be_saved_and_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    folder = tmp_path / "checkpoints"
+    check_savable(folder, model, tokenizer)
+    assert list(folder.iterdir()) == []
+
+    model.generation_config.temperature = 0.5
+    with pytest.raises(CheckpointError, match="cannot be written: .*temperature"):
+        check_savable(folder, model, tokenizer)
+    model.generation_config.temperature = None
+    model.config.helper = object()
+    with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
+        check_savable(folder, model, tokenizer)
+    del model.config.helper
+    tokenizer.init_kwargs["helper"] = object()
+    with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
+        check_savable(folder, model, tokenizer)
+    assert list(folder.iterdir()) == []
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/trial: cannot be written"):
+        check_savable(tmp_path / "file", model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt2"])
+def test_a_trial_needs_no_tensors_of_models_that_are_saved_under_other_names(tmp_path, kind):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    check_savable(tmp_path, model, tiny_tokenizer())
+
+
+def test_a_failed_write_keeps_the_last_and_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    save_checkpoint(tmp_path, state(1), model, tokenizer, keep=1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recap_fast.training.checkpoint.save_file", full)
+        with pytest.raises(CheckpointError, match="step-000002: cannot be written: .*No space"):
+            save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
