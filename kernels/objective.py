@@ -56,11 +56,12 @@ def surrogate(ratio, advantage, logprob, lower, upper, unclipped_bound, CISPO: t
 def kl_estimate(log_ratio, ESTIMATOR: tl.constexpr):
     """KL(policy || reference) of a token and its slope in the log-prob.
 
-    log_ratio = ref - logprob. Estimators 1, 2, 3: http://joschu.net/blog/kl-approx.html
+    log_ratio = ref - logprob. Estimators 1, 2, 3: http://joschu.net/blog/kl-approx.html, of which 1
+    has the slope of 2: its own does not depend on the reference.
     """
     if ESTIMATOR == 1:
         estimate = -log_ratio
-        slope = 1.0
+        slope = -log_ratio
     elif ESTIMATOR == 2:
         estimate = log_ratio * log_ratio * 0.5
         slope = -log_ratio

@@ -35,7 +35,13 @@ from recap_fast.reweighting.recap import Reweighter, make_reweighter
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights
-from recap_fast.training.checkpoint import TrainerState, load_state, save_checkpoint
+from recap_fast.training.checkpoint import (
+    CheckpointError,
+    TrainerState,
+    check_savable,
+    load_state,
+    save_checkpoint,
+)
 from recap_fast.training.evaluate import Evaluator
 from recap_fast.training.optimization import PolicyOptimizer, combine_stats, learning_rate
 from recap_fast.training.packing import PackedUpdate, pack_update
@@ -106,6 +112,7 @@ class Trainer:
             )
             reference.check_length(config.max_sequence_tokens)
         self.policy.check_length(config.max_sequence_tokens)
+        check_savable(self._checkpoints, self.policy.model, self.tokenizer, self.images)
         self.optimizer = PolicyOptimizer(self.policy, reference, config)
         self.reweighter = _build_reweighter(config, self.policy.device)
         supervised = [objective.kind == "loss" for objective in config.objectives]
@@ -133,6 +140,7 @@ class Trainer:
             clear_folder(self.run_dir)
         save_config(config, self.run_dir / "config.yaml")
         self.metrics = MetricsWriter(self.run_dir, config, start_step=self.step)
+        self._owes_checkpoint = False
 
     def _verify_sync(self) -> None:
         """Compares a few greedy tokens' log-probs before the first step is paid for."""
@@ -171,13 +179,15 @@ class Trainer:
                 except (UserError, WeightSyncError):
                     if self.step == step:
                         self.stream.load_state_dict(cursor)
-                    if self.step > 0:
-                        logger.error("saved what was learnt so far: %s", self.save())
+                    if self.step > 0 and (path := self._try_to_save()):
+                        logger.error("saved what was learnt so far: %s", path)
                     raise
-                if self._is_due(self.config.checkpoint.every, True):
-                    self.save()
+                if self._owes_checkpoint or self._is_due(self.config.checkpoint.every, True):
+                    self._owes_checkpoint = self._try_to_save() is None
         self._summarise_losses()
         finished = self.step >= steps
+        if finished and self._owes_checkpoint:
+            self.save()  # raises what stands in the way
         if not finished:
             path = self.save()
             logger.warning("stopped after step %d; continue with --resume (%s)", self.step, path)
@@ -303,6 +313,14 @@ class Trainer:
     def _is_due(self, every: int, at_end: bool) -> bool:
         last = self.step == self.config.training.steps
         return (last and at_end) or (not last and every > 0 and self.step % every == 0)
+
+    def _try_to_save(self) -> Path | None:
+        """Like `save`, but a disk that is full now must not end what can be saved a step later."""
+        try:
+            return self.save()
+        except CheckpointError as error:
+            logger.error("%s; it will be tried again", error)
+            return None
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and returns its folder."""

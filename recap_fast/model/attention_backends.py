@@ -42,7 +42,6 @@ class AttentionNeeds:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    dropout: float = 0.0
     causal: bool = True
 
 
@@ -84,8 +83,6 @@ def open_backend(name: str, needs: AttentionNeeds) -> Backend:
     if needs.dtype not in (torch.bfloat16, torch.float16):
         dtype = str(needs.dtype).removeprefix("torch.")
         raise UnavailableError(f"computes in bfloat16 or float16, not {dtype}")
-    if needs.dropout:
-        raise UnavailableError(f"has no attention dropout, and the model's is {needs.dropout}")
     backend = Backend(name, _LOADERS[name]())
     try_backend(backend, needs)
     return backend

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from recap_fast.config import ModelConfig
@@ -24,6 +23,8 @@ from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
 from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
 from recap_fast.model.chat_template import MEDIA
 from recap_fast.model.folder import move_trainer_state
+from recap_fast.model.generation_config import repair_generation_config
+from recap_fast.model.train_mode import enter_train_mode
 from recap_fast.model.vision import is_vision_language, make_adapter, tower_heads
 from recap_fast.types import UserError
 
@@ -272,7 +273,11 @@ def load_policy(
     model.to(device).requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train(trainable)
+    if trainable:
+        enter_train_mode(model)
+        repair_generation_config(model)
+    else:
+        model.eval()
     name = attention or config.attention
     backend = choose_attention(name, path, model, compute_dtype)
     vision_backend = SDPA
@@ -300,7 +305,6 @@ def choose_attention(
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dropout=getattr(config, "attention_dropout", 0.0) if model.training else 0.0,
     )
     return _choose(name, path, needs)
 
@@ -327,8 +331,8 @@ def _choose(name: str, what: str, needs: AttentionNeeds) -> Backend:
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # of a damaged folder transformers raises anything
+        first = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"model.path: {path} could not be loaded (a folder, a hub name that this machine "
             f"reaches, or {SMOLLM2!r} is wanted): {first}"

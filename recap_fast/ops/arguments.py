@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from recap_fast.ops._validate import (
     FULL_DTYPES,
+    IGNORED_TARGET,
     INTEGER_DTYPES,
     NUMBER_DTYPES,
     check_head,
@@ -61,6 +63,38 @@ class LossArguments:
         if config.rollout_is_cap is not None and self.rollout_logprobs is None:
             cap = config.rollout_is_cap
             raise ValueError(f"rollout_is_cap={cap}: wanted rollout_logprobs [N], got None")
+
+    @property
+    def num_objectives(self) -> int:
+        table = self.advantages if self.rewards is None else self.rewards
+        assert table is not None
+        return table.shape[1]
+
+    def objectives_exist(self) -> Tensor | None:
+        """[] bool: each token that counts is of an objective or -1. None: no tokens' objectives."""
+        if self.token_objectives is None:
+            return None
+        kind = self.token_objectives
+        exists = (kind >= -1) & (kind < self.num_objectives)
+        return (exists | (self.targets == IGNORED_TARGET)).all()
+
+    def check_values(self) -> None:
+        """Raise ValueError for an objective that does not exist, where looking costs no sync."""
+        exist = self.objectives_exist()
+        if exist is None or exist.device.type != "cpu":
+            return
+        try:
+            torch._assert_async(
+                exist, ""
+            )  # .item() of a tensor on the CPU, unseen by torch.compile
+        except RuntimeError:
+            assert self.token_objectives is not None
+            kind = self.token_objectives[self.targets != IGNORED_TARGET]
+            k = self.num_objectives
+            wrong = next(value for value in kind.tolist() if not -1 <= value < k)
+            raise ValueError(
+                f"token_objectives: wanted -1, or an objective in [0, {k}), got {wrong}"
+            ) from None
 
     def _check_weight_grad(self) -> None:
         if self.weight_grad is None:

@@ -32,6 +32,9 @@ class PolicyLossConfig:
     """The constant of aggregation "constant", in tokens."""
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. On-policy, k2's gradient is
+    on average that of KL(policy || reference), and k1 takes it; k3's that of the reverse.
+    """
     entropy_coef: float = 0.0
     temperature: float = 1.0
     logit_softcap: float | None = None

@@ -83,12 +83,14 @@ def kl_estimate(
 ) -> tuple[Tensor, Tensor]:
     """KL(policy || reference) per token [N] and its slope in the log-prob [N].
 
-    Estimators k1, k2, k3 of http://joschu.net/blog/kl-approx.html; 0 off policy tokens.
+    Estimators k1, k2, k3 of http://joschu.net/blog/kl-approx.html; 0 off policy tokens. k1's own
+    slope, 1, knows nothing of the reference and averages to 0 over what the policy samples: it has
+    k2's, whose mean on-policy is the gradient of the KL that k1 estimates.
     """
     assert tokens.ref is not None
     log_ratio = (tokens.ref - logprobs).where(tokens.policy, 0.0)
     if config.kl_estimator == "k1":
-        return -log_ratio, tokens.policy.to(logprobs.dtype)
+        return -log_ratio, -log_ratio
     if config.kl_estimator == "k2":
         return log_ratio.square() / 2, -log_ratio
     inside = log_ratio.abs() <= MAX_LOG_RATIO
@@ -141,8 +143,8 @@ def objective_losses(
     policy = (tokens.policy_share * value).where(applies, 0.0).sum(0)
     likelihood = tokens.supervised_share * logprobs.unsqueeze(1)
     supervised = likelihood.where(tokens.supervised_share > 0, 0.0).sum(0)
-    fraction = (decides & applies).sum(0) / applies.sum(0).clamp(min=1)
-    return -(policy + supervised), fraction.to(logprobs.dtype)
+    clipped = (decides & applies).sum(0).to(logprobs.dtype)
+    return -(policy + supervised), clipped / applies.sum(0).clamp(min=1)
 
 
 def total_loss(

@@ -5,6 +5,7 @@ Shapes: N packed tokens, H hidden, V vocabulary, S sequences (rollouts), K objec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def fused_linear_policy_loss(
         group_ids: [S] integers; rollouts of one prompt share one.
         objective_weights: [K] lambda, read on the device; None: all 1. Gets no gradient.
         token_objectives: [N] integers; -1: policy-gradient token; k >= 0: supervised token of
-            objective k. None: all -1.
+            objective k. None: all -1. Any other number at a target that counts is refused on a
+            CPU; on a GPU, where looking would wait for it, the loss becomes NaN.
         old_logprobs: [N] float32 of the policy that the ratio compares with. None: on-policy, the
             ratio is exactly 1, the gradient as if old = logprobs.detach().
         ref_logprobs: [N] float32 of the reference policy of the KL term.
@@ -88,8 +90,8 @@ def fused_linear_policy_loss(
         PolicyLossOutput; everything but `loss` is detached.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, arguments that contradict each other, or
-            impl="triton" where it cannot run.
+        ValueError: a wrong shape, dtype or device, arguments that contradict each other, an
+            objective that there is not (on a CPU), or impl="triton" where it cannot run.
         RuntimeError: double backward.
     """
     arguments = LossArguments(
@@ -115,9 +117,11 @@ def fused_linear_policy_loss(
     if chosen == "reference":
         if weight_grad is not None:
             raise ValueError('weight_grad: wanted None with impl="reference", got a tensor')
+        arguments.check_values()
         return reference.policy_loss(arguments, config)
     if kl_denominator is not None and not isinstance(kl_denominator, Tensor):
-        kl_denominator = torch.full((), float(kl_denominator), device=hidden.device)
+        full = statistics_dtype(hidden.dtype)
+        kl_denominator = torch.full((), kl_denominator, dtype=full, device=hidden.device)
     # Gradients that autograd may ask for: none under no_grad, none of a frozen head.
     learns = torch.is_grad_enabled()
     learns_weight = learns and (weight.requires_grad or weight_grad is not None)
@@ -303,6 +307,8 @@ def _forward(
     arguments: LossArguments, wanted: Wanted, config: PolicyLossConfig, impl: str
 ) -> tuple[PolicyLossOutput, Swept]:
     """Everything that is returned, and the wanted gradients of the loss."""
+    arguments.check_values()
+    arguments = replace(arguments, objective_weights=_weights_or_nan(arguments))
     head = make_head(
         arguments.hidden,
         arguments.weight,
@@ -316,6 +322,19 @@ def _forward(
     if impl == "triton" and config.ratio_level == "token":
         return _forward_in_kernel(arguments, head, wanted, config)
     return _forward_in_torch(arguments, head, wanted, config, impl)
+
+
+def _weights_or_nan(arguments: LossArguments) -> Tensor | None:
+    """lambda [K]; NaN, and with it the loss, where a token's objective does not exist."""
+    exist = arguments.objectives_exist()
+    weights = arguments.objective_weights
+    if exist is None:
+        return weights
+    if weights is None:
+        weights = exist.new_ones(arguments.num_objectives, dtype=torch.float32)
+    if not weights.is_floating_point():
+        weights = weights.float()
+    return weights.where(exist, torch.nan)
 
 
 MAX_REWARDS_IN_KERNEL = 1 << 14

@@ -116,12 +116,13 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
         terms = torch.where(on_policy, is_weight * gain, torch.zeros_like(logp))
         terms = terms + torch.where(supervised, logp, torch.zeros_like(logp))
         losses.append(-(scale * terms).sum() / denominator)
-        clip_fraction.append((clipped & on_policy).sum() / on_policy.sum().clamp(min=1))
+        clip_fraction.append((clipped & on_policy).sum().to(dtype) / on_policy.sum().clamp(min=1))
     objective_losses = torch.stack(losses)
-    lam = torch.ones(k, device=logp.device) if a.objective_weights is None else a.objective_weights
-    loss = (lam.detach().to(dtype) * objective_losses).sum() / k
+    loss = (_lambda(a, k).to(dtype) * objective_losses).sum() / k
 
-    given = None if a.kl_denominator is None else torch.as_tensor(a.kl_denominator).reshape(1)
+    given = None
+    if a.kl_denominator is not None:
+        given = torch.as_tensor(a.kl_denominator, dtype=dtype, device=logp.device).reshape(1)
     denominator = _denominator(policy, member, given, 0, c)
     kl = None
     if a.ref_logprobs is not None:
@@ -136,9 +137,21 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
         logprobs=logp.detach(),
         entropy=entropy.detach(),
         kl=None if kl is None else kl.detach(),
-        clip_fraction=torch.stack(clip_fraction).to(dtype),
+        clip_fraction=torch.stack(clip_fraction),
         advantages=table,
     )
+
+
+def _lambda(a: LossArguments, k: int) -> Tensor:
+    """lambda [K]; NaN where a token is of an objective that there is not."""
+    weights = a.objective_weights
+    if weights is None:
+        weights = a.targets.new_ones(k, dtype=torch.float32)
+    if a.token_objectives is None:
+        return weights.detach()
+    kind = a.token_objectives[a.targets != -100]
+    exists = ((kind >= -1) & (kind < k)).all()
+    return torch.where(exists, weights.detach(), torch.nan)
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
@@ -192,11 +205,12 @@ def _gain(
 
 
 def _kl(logp: Tensor, ref: Tensor, policy: Tensor, c: PolicyLossConfig) -> Tensor:
-    """KL estimate [N]; 0 off policy tokens."""
+    """KL estimate [N]; 0 off policy tokens. k1 has the value -d and the gradient of k2."""
     d = torch.where(policy, ref - logp, torch.zeros_like(logp))
+    k2 = d * d / 2
     if c.kl_estimator == "k1":
-        return -d
+        return -d.detach() + (k2 - k2.detach())
     if c.kl_estimator == "k2":
-        return d * d / 2
+        return k2
     d = _clamp(d)
     return d.exp() - d - 1

@@ -234,7 +234,7 @@ class PolicyRows:
     def losses(self) -> tuple[Tensor, Tensor]:
         """L_k [K] and the share of its policy tokens for which the clip decides [K]."""
         applies = (self._applied >= APPLIES.value).sum(0).clamp(min=1)
-        clipped = (self._applied == CLIPPED.value).sum(0)
+        clipped = (self._applied == CLIPPED.value).sum(0).float()
         # Sums in a fixed order, so that runs are equal to the bit.
         return -self._terms.sum(0), clipped / applies
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from recap_fast.config import RolloutConfig
 from recap_fast.model.attention import IMPLEMENTATION
+from recap_fast.model.train_mode import evaluating
 from recap_fast.model.vision import PackedImages, VisionAdapter, make_adapter
 from recap_fast.rollout.protocol import build_rollouts, check_prompts, prompt_seed, stop_token_ids
 from recap_fast.types import Prompt, Rollout, SamplingSpec
@@ -92,18 +93,16 @@ def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None
     The trainer's packed attention knows only packed batches; SDPA takes its place meanwhile. A
     vision tower keeps its own.
     """
-    training = model.training
     packed = model.config._attn_implementation == IMPLEMENTATION
     autocast = dtype != next(model.parameters()).dtype
     try:
         if packed:
             model.set_attn_implementation({"": "sdpa", "text_config": "sdpa"})
-        model.eval()
         # Autocast around the whole loop: it then casts each weight once, not once a token.
-        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=autocast):
+        compute = torch.autocast(model.device.type, dtype, enabled=autocast)
+        with evaluating(model), torch.no_grad(), compute:
             yield
     finally:
-        model.train(training)
         if packed:
             model.set_attn_implementation({"": IMPLEMENTATION, "text_config": IMPLEMENTATION})
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there or cannot be continued from."""
+    """A checkpoint that is not there, or cannot be written or continued from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +52,69 @@ def save_checkpoint(
 
     Args:
         images: of a vision-language model; its processor's settings are part of the model.
+
+    Raises:
+        CheckpointError: it cannot be written; what had been is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
     if is_checkpoint(final):  # complete, of the very same step
         return final
-    staging = folder / f".{final.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    if images is not None:
-        images.save(staging)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    (staging / STATE).parent.mkdir()
-    save_file(tensors, staging / TENSORS)
-    content = {"step": state.step, "data": state.data}
-    (staging / STATE).write_text(json.dumps(content), encoding="utf-8")
-    _flush(staging)
-    os.replace(staging, final)
-    _flush_path(folder)
+    with _staging(folder, final.name) as staging:
+        _save_model(staging, model, tokenizer, images)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
+        (staging / STATE).parent.mkdir()
+        save_file(tensors, staging / TENSORS)
+        content = {"step": state.step, "data": state.data}
+        (staging / STATE).write_text(json.dumps(content), encoding="utf-8")
+        _flush(staging)
+        os.replace(staging, final)
+        _flush_path(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def check_savable(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageEncoder | None = None,
+) -> None:
+    """Writes what `save_checkpoint` would, less the tensors, and removes it: before a run is paid.
+
+    Raises:
+        CheckpointError: a checkpoint could not be written.
+    """
+    with _staging(folder, "trial") as staging:
+        _save_model(staging, model, tokenizer, images, state_dict={})
+
+
+def _save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageEncoder | None,
+    **options: Any,
+) -> None:
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    if images is not None:
+        images.save(folder)
+
+
+@contextmanager
+def _staging(folder: Path, name: str) -> Iterator[Path]:
+    """A folder to write a checkpoint in, which is gone at the end unless it was renamed."""
+    staging = folder / f".{name}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield staging
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder / name}: cannot be written: {why}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -14,6 +14,7 @@ from recap_fast.data.images import load_image_encoder
 from recap_fast.data.mix import DataStream
 from recap_fast.model.batch import PackedBatch
 from recap_fast.model.policy import Head, Policy, load_policy, load_tokenizer, resolve_model
+from recap_fast.model.train_mode import evaluating
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.rewards.scorer import RewardScorer
 from recap_fast.rollout.factory import make_engine
@@ -81,11 +82,9 @@ class Evaluator:
             vision=self.policy.vision,
         )
         totals = torch.zeros(2, device=self.policy.device)
-        training = self.policy.model.training
-        self.policy.model.eval()
-        for batch in update.batches:
-            totals += _loss_and_hits(self.policy, batch.to(self.policy.device))
-        self.policy.model.train(training)
+        with evaluating(self.policy.model):
+            for batch in update.batches:
+                totals += _loss_and_hits(self.policy, batch.to(self.policy.device))
         count = sum(len(row.token_ids) - row.num_prompt_tokens for row in rows)
         loss, hits = (totals / count).tolist()
         return loss, hits

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from recap_fast.kernels.policy_loss import policy_loss_kernel
 from recap_fast.ops import (
@@ -17,6 +18,7 @@ from recap_fast.ops import (
     group_advantages,
     policy_loss,
 )
+from recap_fast.ops.arguments import LossArguments
 from recap_fast.ops.launch import recording
 from tests.no_sync import ForbidHostSync
 from tests.ops.batches import Batch, batches, distance, outputs, random_batch
@@ -462,3 +464,49 @@ def test_nan_shows_in_the_loss(impl: str) -> None:
     batch.tensors["hidden"][row] = float("nan")
     batch.tensors["advantages"].nan_to_num_(1.0)
     assert batch.run(impl, torch.float32)["loss"].isnan()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("old", [False, True])
+def test_k1_reports_its_own_value_and_descends_as_k2(impl: str, old: bool) -> None:
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    options = {"ref": True, "old": old, "kl_coef": 0.3, "spread": 1.0, "bias": True}
+    k1, k2 = (random_batch(kl_estimator=kind, **options) for kind in ("k1", "k2"))
+    got, expected = k1.run(impl, dtype), k2.run(impl, dtype)
+    for name in ("d_hidden", "d_weight", "d_bias", "objective_losses"):
+        torch.testing.assert_close(got[name], expected[name], msg=name)
+    policy = (k1.tensors["targets"] != -100) & (k1.tensors["token_objectives"] == -1)
+    difference = k1.tensors["ref_logprobs"].float().to(dtype) - got["logprobs"]
+    torch.testing.assert_close(got["kl"], torch.where(policy, -difference, 0.0))
+    assert not torch.allclose(got["loss"], expected["loss"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("wrong", [-2, -100, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_an_objective_that_does_not_exist_is_refused(
+    impl: str, wrong: int, dtype: torch.dtype
+) -> None:
+    batch = random_batch()
+    objectives = batch.tensors["token_objectives"].to(dtype)
+    objectives[batch.tensors["targets"] == -100] = wrong  # padding may carry anything
+    batch.run(impl, torch.float32, token_objectives=objectives)
+    objectives[int((batch.tensors["targets"] != -100).nonzero()[2])] = wrong
+    message = rf"token_objectives: wanted -1, or an objective in \[0, 3\), got {wrong}$"
+    with pytest.raises(ValueError, match=message):
+        batch.run(impl, torch.float32, token_objectives=objectives)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("weights", [None, torch.zeros(3), torch.tensor([2, 1, 0])])
+def test_where_looking_would_wait_such_an_objective_makes_the_loss_nan(
+    impl: str, weights: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LossArguments, "check_values", lambda self: None)  # as on a GPU
+    batch = random_batch()
+    counted = batch.tensors["targets"] != -100
+    objectives = torch.full((40,), 7)  # not a single token of an objective that there is
+    for some in (objectives, torch.where(torch.arange(40) == int(counted.nonzero()[2]), 7, -1)):
+        got = batch.run(impl, torch.float32, token_objectives=some, objective_weights=weights)
+        assert got["loss"].isnan()
+    assert got["d_hidden"].isnan().any()  # a trainer that looks at gradients only sees it too

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recap_fast.config import TrainConfig, load_config
 from recap_fast.model.folder import is_checkpoint
@@ -16,6 +16,7 @@ from recap_fast.training import checkpoint
 from recap_fast.training.checkpoint import (
     CheckpointError,
     TrainerState,
+    check_savable,
     latest_checkpoint,
     list_checkpoints,
     load_state,
@@ -179,7 +180,11 @@ def trained(tmp_path_factory):
     random_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     steps = ["training.steps=2", "checkpoint.every=1", "checkpoint.keep=2"]
-    train(tiny_config(folder, model, "data.max_prompt_tokens=100", *steps))
+    train(
+        tiny_config(
+            folder, model, "data.max_prompt_tokens=100", "data.max_supervised_tokens=100", *steps
+        )
+    )
     return folder / "run"
 
 
@@ -245,7 +250,14 @@ def test_vllm_opens_a_checkpoint(newest):
 
 def on_default_engine(folder: Path, model: Path) -> TrainConfig:
     quick = ["rollout.dtype=float32", "rollout.cpu_kv_cache_gib=0.05", "training.steps=1"]
-    return tiny_config(folder, model, "rollout.engine=auto", "data.max_prompt_tokens=100", *quick)
+    return tiny_config(
+        folder,
+        model,
+        "rollout.engine=auto",
+        "data.max_prompt_tokens=100",
+        "data.max_supervised_tokens=100",
+        *quick,
+    )
 
 
 def test_a_checkpoint_is_trained_on_with_the_default_engine(trained, tmp_path):
@@ -260,3 +272,50 @@ def test_an_old_checkpoint_is_evaluated_with_the_default_engine(trained, tmp_pat
     start = as_of_old(shutil.copytree(trained / "checkpoints" / "step-000001", tmp_path / "start"))
     scores = evaluate_model(on_default_engine(tmp_path, start), str(start))
     assert {"eval/sums/length", "eval/words/loss"} <= scores.keys()
+
+
+def test_a_trial_finds_what_could_not_be_saved_and_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    folder = tmp_path / "checkpoints"
+    check_savable(folder, model, tokenizer)
+    assert list(folder.iterdir()) == []
+
+    model.generation_config.temperature = 0.5
+    with pytest.raises(CheckpointError, match="cannot be written: .*temperature"):
+        check_savable(folder, model, tokenizer)
+    model.generation_config.temperature = None
+    model.config.helper = object()
+    with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
+        check_savable(folder, model, tokenizer)
+    del model.config.helper
+    tokenizer.init_kwargs["helper"] = object()
+    with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
+        check_savable(folder, model, tokenizer)
+    assert list(folder.iterdir()) == []
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/trial: cannot be written"):
+        check_savable(tmp_path / "file", model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt2"])
+def test_a_trial_needs_no_tensors_of_models_that_are_saved_under_other_names(tmp_path, kind):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    check_savable(tmp_path, model, tiny_tokenizer())
+
+
+def test_a_failed_write_keeps_the_last_and_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    save_checkpoint(tmp_path, state(1), model, tokenizer, keep=1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recap_fast.training.checkpoint.save_file", full)
+        with pytest.raises(CheckpointError, match="step-000002: cannot be written: .*No space"):
+            save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
