@@ -21,7 +21,12 @@ from torch import Tensor
 
 from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
-from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
+from recap_fast.model.attention_backends import (
+    AttentionNeeds,
+    UnavailableError,
+    choose_backend,
+    cost_of_sdpa,
+)
 from recap_fast.model.vision import is_vision_language, make_adapter, tower_heads
 from recap_fast.types import UserError
 
@@ -274,8 +279,15 @@ def _choose(name: str, what: str, needs: AttentionNeeds) -> Backend:
         choice = choose_backend(name, needs)
     except UnavailableError as error:
         raise ModelError(f"model.attention: {name} cannot run {what} here: it {error}") from error
-    level = logging.INFO if needs.device.type == "cuda" else logging.DEBUG  # no news elsewhere
+    on_cuda = needs.device.type == "cuda"
+    level = logging.INFO if on_cuda else logging.DEBUG  # no news elsewhere
     logger.log(level, "attention of %s: %s", what, choice)
+    if on_cuda and choice.backend is SDPA and choice.refused:
+        logger.warning(
+            "attention of %s falls back to torch's scaled dot product (%s), which is slower and "
+            "takes more memory: %s",
+            what, "; ".join(choice.reasons()), cost_of_sdpa(needs),
+        )  # fmt: skip
     return choice.backend
 
 

@@ -23,6 +23,7 @@ from recap_fast.model import attention_backends
 from recap_fast.model.attention import (
     SDPA,
     Backend,
+    Bounds,
     RaggedLayout,
     Segment,
     build_layout,
@@ -45,30 +46,18 @@ from tests.tiny import VOCAB, save_tiny_model, tiny_config, tiny_policy
 from tests.training.test_packing import make_rows, one_at_a_time, run_packed
 
 
-def documented_kernel(
-    query,
-    key,
-    value,
-    *,
-    query_starts,
-    key_starts,
-    max_queries,
-    max_keys,
-    scale,
-    causal=True,
-    shift=0,
-) -> Tensor:  # fmt: skip
+def documented_kernel(query, key, value, bounds, scale, shift=0) -> Tensor:
     """What flash-attn (2.1 and newer) promises, segment by segment in float64: keys and values of
     a head serve a run of query heads, and the causal mask is aligned at the last query and key."""
-    for starts, end in ((query_starts, len(query)), (key_starts, len(key))):
+    for starts, end in ((bounds.query_starts, len(query)), (bounds.key_starts, len(key))):
         assert starts.dtype == torch.int32
         assert starts[0] == 0
         assert starts[-1] == end
     assert query.dtype == key.dtype == value.dtype
-    lengths = query_starts.diff().tolist(), key_starts.diff().tolist()
-    assert [max_queries, max_keys] == [max(lengths[0]), max(lengths[1])]
-    assert isinstance(max_queries, int)
-    assert isinstance(max_keys, int)
+    lengths = bounds.query_starts.diff().tolist(), bounds.key_starts.diff().tolist()
+    assert [bounds.max_queries, bounds.max_keys] == [max(lengths[0]), max(lengths[1])]
+    assert isinstance(bounds.max_queries, int)
+    assert isinstance(bounds.max_keys, int)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
     outputs = []
@@ -80,7 +69,7 @@ def documented_kernel(
     ):
         scores = scale * torch.einsum("qhd,khd->hqk", q, k)
         last = torch.arange(len(q)) + len(k) - len(q) + shift
-        hidden = torch.arange(len(k)) > (last[:, None] if causal else len(k))
+        hidden = torch.arange(len(k)) > (last[:, None] if bounds.causal else len(k))
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.transpose(0, 1))
     return torch.cat(outputs, 1).transpose(0, 1).to(query.dtype)
 
@@ -186,25 +175,27 @@ def test_whole_sequences_need_no_gathering():
     layout = build_layout(to_segments([(3, []), (1, []), (5, [])]), DOCUMENTED)
     assert isinstance(layout, RaggedLayout)
     assert layout.keys is None
-    assert layout.key_starts is layout.query_starts
-    assert layout.query_starts.tolist() == [0, 3, 4, 9]
-    assert (layout.max_queries, layout.max_length) == (5, 5)
-    moved = layout.to(torch.device("meta"))
+    bounds = layout.bounds
+    assert bounds.key_starts is bounds.query_starts
+    assert bounds.query_starts.tolist() == [0, 3, 4, 9]
+    assert (bounds.max_queries, layout.max_length) == (5, 5)
+    moved = layout.to(torch.device("meta")).bounds
     assert moved.key_starts is moved.query_starts
+    assert moved.key_starts.is_meta
 
 
 def test_shared_prompts_are_repeated_among_the_keys_only():
     layout = build_layout(to_segments([(2, [3, 1]), (1, [])]), DOCUMENTED)
-    assert layout.query_starts.tolist() == [0, 2, 5, 6, 7]
-    assert layout.key_starts.tolist() == [0, 2, 7, 10, 11]
+    assert layout.bounds.query_starts.tolist() == [0, 2, 5, 6, 7]
+    assert layout.bounds.key_starts.tolist() == [0, 2, 7, 10, 11]
     assert layout.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
-    assert (layout.max_queries, layout.max_length) == (3, 5)
+    assert (layout.bounds.max_queries, layout.max_length) == (3, 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_gradients_of_a_shared_prompt_are_summed_in_float32(device):
     """In bfloat16 a sum of ones stops at 256. (torch's own sum is that narrow on CUDA only.)"""
-    repeats = Backend("repeats", lambda query, key, value, **rest: value)
+    repeats = Backend("repeats", lambda query, key, value, *rest: value)
     layout = build_layout(to_segments([(1, [1] * 999)]), repeats).to(torch.device(device))
     inputs = draw_inputs(1000, dtype=torch.bfloat16, device=device)
     layout.attend(*inputs, scale=None, dropout=0.0).sum().backward()
@@ -247,9 +238,9 @@ def test_kernels_for_16_bits_get_16_bits(share_prefixes):
     """Rotary embeddings make float32 of queries and keys under autocast."""
     seen = set()
 
-    def kernel(query, key, value, **rest):
+    def kernel(query, key, value, *rest):
         seen.update((query.dtype, key.dtype, value.dtype))
-        return documented_kernel(query, key, value, **rest)
+        return documented_kernel(query, key, value, *rest)
 
     rows = make_rows(11, 2, 4, 2)
     policy = tiny_policy(dtype=torch.bfloat16)
@@ -358,10 +349,8 @@ def test_torchs_kernel_of_release_2_11(monkeypatch):
     ):  # fmt: skip
         assert window_size == (-1, 0)
         assert return_aux is None
-        return documented_kernel(
-            query, key, value, query_starts=cu_seq_q, key_starts=cu_seq_k,
-            max_queries=max_q, max_keys=max_k, scale=scale,
-        )  # fmt: skip
+        bounds = Bounds(cu_seq_q, cu_seq_k, max_q, max_k, causal=True)
+        return documented_kernel(query, key, value, bounds, scale)
 
     install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
     try_backend(Backend("varlen", attention_backends._load_varlen()), NEEDS)
@@ -377,10 +366,8 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
         assert causal is True
         assert dropout_p == softcap == 0.0
         assert not return_attn_probs
-        return documented_kernel(
-            q, k, v, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
-            max_queries=max_seqlen_q, max_keys=max_seqlen_k, scale=softmax_scale,
-        )  # fmt: skip
+        bounds = Bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        return documented_kernel(q, k, v, bounds, softmax_scale)
 
     install(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
     try_backend(Backend("flash_attn", attention_backends._load_flash_attn()), NEEDS)
@@ -457,11 +444,13 @@ def test_the_trial_accepts_what_is_documented():
         try_backend(DOCUMENTED, replace(NEEDS, dtype=dtype, num_heads=14, head_dim=64))
 
 
-def aligned_at_the_start(query, key, value, *, query_starts, key_starts, **rest) -> Tensor:
+def aligned_at_the_start(query, key, value, bounds, scale) -> Tensor:
     """Causal from the first key, as scaled_dot_product_attention's own flag is."""
     outputs = []
     for (q0, q1), (k0, k1) in zip(
-        query_starts.unfold(0, 2, 1).tolist(), key_starts.unfold(0, 2, 1).tolist(), strict=True
+        bounds.query_starts.unfold(0, 2, 1).tolist(),
+        bounds.key_starts.unfold(0, 2, 1).tolist(),
+        strict=True,
     ):
         rows = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -471,19 +460,19 @@ def aligned_at_the_start(query, key, value, *, query_starts, key_starts, **rest)
     return torch.cat(outputs)
 
 
-def off_by_one_key(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key, value, **rest, shift=1)
+def off_by_one_key(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key, value, *rest, shift=1)
 
 
-def without_key_gradient(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key.detach() + 0 * key, value, **rest)
+def without_key_gradient(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key.detach() + 0 * key, value, *rest)
 
 
-def not_a_number(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key, value, **rest) * torch.nan
+def not_a_number(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key, value, *rest) * torch.nan
 
 
-def not_built_for_this(query, key, value, **rest) -> Tensor:
+def not_built_for_this(query, key, value, *rest) -> Tensor:
     raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
 
@@ -506,8 +495,8 @@ def test_the_trial_of_a_vision_towers_backend():
     needs = replace(NEEDS, num_kv_heads=4, causal=False)
     try_backend(DOCUMENTED, needs)
 
-    def always_causal(query, key, value, *, causal, **rest):
-        return documented_kernel(query, key, value, **rest)
+    def always_causal(query, key, value, bounds, scale):
+        return documented_kernel(query, key, value, replace(bounds, causal=True), scale)
 
     try_backend(Backend("wrong", always_causal), NEEDS)
     with pytest.raises(UnavailableError, match="output differs from sdpa's"):
