@@ -108,18 +108,25 @@ def _build_bucket(members: list[Segment], has_prefix: bool) -> Bucket:
 def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
     """[B, heads, Lq, D]; keys and values may have fewer heads, which divide the query's."""
     group = query.shape[1] // key.shape[1]
+    if group > 1 and not _groups_heads(query.device):
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    elif group > 1:
+        kwargs["enable_gqa"] = True
     if query.device.type != "cpu":
-        # CUDA's kernels that take a mask want as many heads of keys; asked for fewer, torch would
-        # hold scores [B, heads, Lq, Lk], gigabytes a layer.
-        if group > 1:
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         return scaled_dot_product_attention(query, key, value, **kwargs)
     # The CPU's fused backward pass is about four times slower in bfloat16 than in float32.
     with torch.autocast("cpu", enabled=False):
-        output = scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), enable_gqa=group > 1, **kwargs
-        )
+        output = scaled_dot_product_attention(query.float(), key.float(), value.float(), **kwargs)
     return output.to(query.dtype)
+
+
+def _groups_heads(device: torch.device) -> bool:
+    """Whether fewer heads of keys than of queries are best left to torch.
+
+    CUDA's kernels that take a mask want as many: torch would fall back to holding the scores
+    [B, heads, Lq, Lk], which are gigabytes a layer.
+    """
+    return device.type == "cpu"
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:

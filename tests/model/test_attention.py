@@ -15,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recap_fast.config import ModelConfig
-from recap_fast.model import attention_backends
+from recap_fast.model import attention_backends, attention_padded
+from recap_fast.model import policy as model_policy
 from recap_fast.model.attention import (
     SDPA,
     Backend,
@@ -169,6 +171,39 @@ def test_images_of_one_size_are_one_rectangle_without_a_mask():
     layout = build_layout(to_segments([(6, []), (4, []), (6, [])]), SDPA, causal=False)
     assert [tuple(bucket.queries.shape) for bucket in layout.buckets] == [(1, 4), (2, 6)]
     assert all(bucket.mask is None for bucket in layout.buckets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("groups", [[(2, [3, 1])], [(4, []), (2, [])]])
+def test_padding_asks_gpus_for_as_many_heads_of_keys(monkeypatch, groups, kv_heads, dtype):
+    """With fewer, CUDA's kernels that take a mask refuse, and torch holds all scores in memory."""
+    calls = []
+
+    def watched(query, key, value, **kwargs):
+        calls.append((query.shape[1], key.shape[1], value.shape[1], kwargs))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(attention_padded, "scaled_dot_product_attention", watched)
+    segments = to_segments(groups)
+    tokens = max(s.own.stop for s in segments)
+    inputs = draw_inputs(tokens, kv_heads=kv_heads, dtype=dtype, device="meta")
+    layout = build_layout(segments, SDPA).to(torch.device("meta"))
+    results = with_gradients(lambda *x: layout.attend(*x, scale=0.3, dropout=0.0), inputs)
+    assert [r.shape for r in results] == [inputs[0].shape, *(x.shape for x in inputs)]
+    assert len(calls) == len(layout.buckets)
+    for queries, keys, values, kwargs in calls:
+        assert queries == keys == values == 4
+        assert "enable_gqa" not in kwargs
+
+
+def test_repeated_heads_of_keys_are_those_of_grouped_queries(monkeypatch):
+    """What a GPU is asked for, computed here: head by head what the CPU's own grouping gives."""
+    query, key, value = (x.transpose(0, 1)[None] for x in draw_inputs(7, heads=6, kv_heads=2))
+    expected = attention_padded._attend(query, key, value, is_causal=True)
+    monkeypatch.setattr(attention_padded, "_groups_heads", lambda device: False)
+    result = attention_padded._attend(query, key, value, is_causal=True)
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_whole_sequences_need_no_gathering():
@@ -539,6 +574,33 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
     assert "documented; varlen is broken" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        (replace(ON_CUDA, num_heads=28, num_kv_heads=4), "held 7 times"),
+        (replace(ON_CUDA, num_kv_heads=4), "up to twice as long"),
+        (replace(ON_CUDA, causal=False), "each size of image"),
+    ],
+)
+def test_a_gpu_that_falls_back_to_padding_is_told_what_it_costs(monkeypatch, caplog, needs, told):
+    """float32 on a GPU: the reason of each faster backend and the price, in one warning."""
+    caplog.set_level(logging.INFO, "recap_fast.model.policy")
+    refused = replace(needs, dtype=torch.float32)
+    assert model_policy._choose("auto", "some/model", refused) is SDPA
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    text = warning.getMessage()
+    assert "some/model falls back to torch's scaled dot product (varlen computes in bf" in text
+    assert told in text
+    assert ("held" in text) == (needs.num_heads != needs.num_kv_heads and needs.causal)
+
+
+@pytest.mark.parametrize(("name", "needs"), [("sdpa", ON_CUDA), ("auto", NEEDS)])
+def test_padding_that_was_asked_for_or_is_best_is_no_warning(caplog, name, needs):
+    caplog.set_level(logging.INFO, "recap_fast.model.policy")
+    assert model_policy._choose(name, "some/model", needs) is SDPA
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
+
+
 def test_a_run_lays_its_batches_out_for_the_chosen_backend(folder, tmp_path, monkeypatch):
     """Training, the reference and the evaluation: none may fall back to padding in silence."""
     asked = []
@@ -602,6 +664,25 @@ def test_kernels_are_as_close_to_the_truth_as_sdpa(cuda_backend, shared, kv_head
     ):
         ours_error, theirs_error = ((x.double().cpu() - truth).norm() for x in (ours, theirs))
         assert ours_error <= 1.5 * theirs_error + 1e-4 * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+def test_padding_on_a_gpu_holds_no_scores(dtype, shared):
+    """28 heads of queries, 4 of keys, a prompt of 8 rollouts: without torch's plain path."""
+    segments = to_segments([(1024, [512] * 8 if shared else [])])
+    inputs = draw_inputs(max(s.own.stop for s in segments), 28, 4, 128, dtype, "cuda")
+    layout = build_layout(segments, SDPA).to(torch.device("cuda"))
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(allowed):
+        results = with_gradients(lambda *x: layout.attend(*x, scale=None, dropout=0.0), inputs)
+    exact = [x.detach().cpu().float().requires_grad_() for x in inputs]
+    on_cpu = build_layout(segments, SDPA)
+    expected = with_gradients(lambda *x: on_cpu.attend(*x, scale=None, dropout=0.0), exact)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-3
+    for result, wanted in zip(results, expected, strict=True):
+        assert (result.cpu().float() - wanted).norm() < tolerance * wanted.norm()
 
 
 @pytest.mark.gpu
