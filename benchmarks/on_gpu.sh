@@ -10,6 +10,7 @@
 #   kernels     the kernel suites beside the peers that are installed
 #   train_step  a training step on Qwen2.5-VL-3B's shapes: tokens/s, MFU, memory, profile
 #   vision_step a hybrid step with images on the same model's shapes, vision tower included
+#   memory      20 steps of varying length: memory that is reserved and not used
 #   trl_step    the text step through TRL
 #   rollout     weight sync into vLLM and rollouts from it
 #   digits      the forgetting experiment at its larger size; a later call goes on with it
@@ -32,7 +33,7 @@ case "${1:-}" in
 esac
 
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step trl_step rollout digits}"
+PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step memory trl_step rollout digits}"
 export LIMIT="${LIMIT:-600}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

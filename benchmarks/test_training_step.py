@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.liger import patches_undone, skip_without_liger
 from benchmarks.training_step import WORKLOADS, Workload, model_flops, recap_step, trl_step
 
+RECAP = {"recap-fast": True, "recap-fast, no Liger": False}
 TRL: dict[str, Callable[[Workload], int]] = {
     "TRL, all at once": lambda workload: workload.rollouts,
     "TRL, group by group": lambda workload: workload.group,
@@ -20,7 +22,14 @@ TRL: dict[str, Callable[[Workload], int]] = {
 """Rollouts in one forward pass."""
 
 
-@pytest.mark.parametrize("implementation", ["recap-fast", *TRL])
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    """TRL's model, and that without Liger, must not meet what an earlier test patched."""
+    with patches_undone("qwen2"):
+        yield
+
+
+@pytest.mark.parametrize("implementation", [*RECAP, *TRL])
 def test_training_step(
     implementation: str,
     benchmark: Any,
@@ -29,9 +38,12 @@ def test_training_step(
     request: pytest.FixtureRequest,
 ) -> None:
     workload: Workload = WORKLOADS[request.config.getoption("--shapes")]
-    step, update, model = recap_step(workload, device)
+    liger = RECAP.get(implementation, False)
+    if implementation in RECAP:
+        skip_without_liger(liger, device)
+    step, update, model = recap_step(workload, device, liger=liger)
     flops = model_flops(workload, update)
-    if implementation in TRL:
+    if implementation not in RECAP:
         pytest.importorskip("trl")
         del step, model
         gc.collect()

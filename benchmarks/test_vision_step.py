@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.liger import patches_undone, skip_without_liger
 from benchmarks.vision_step import WORKLOADS, model_flops, vision_step
 
-TRAINED = {"recap-fast": False, "recap-fast, tower trained": True}
+STEPS: dict[str, dict[str, bool]] = {
+    "recap-fast": {"liger": True},
+    "recap-fast, no Liger": {"liger": False},
+    "recap-fast, tower trained": {"liger": True, "train_vision": True},
+}
 
 
-@pytest.mark.parametrize("implementation", TRAINED)
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    with patches_undone("qwen2_5_vl"):
+        yield
+
+
+@pytest.mark.parametrize("implementation", STEPS)
 def test_vision_step(
     implementation: str, benchmark: Any, device: torch.device, request: pytest.FixtureRequest
 ) -> None:
     workload = WORKLOADS[request.config.getoption("--shapes")]
-    train_vision = TRAINED[implementation]
-    step, update = vision_step(workload, device, train_vision=train_vision)
+    settings = STEPS[implementation]
+    skip_without_liger(settings["liger"], device)
+    step, update = vision_step(workload, device, **settings)
     size = (
         f"{workload.name}, {workload.rollouts} rollouts x {workload.completion_tokens}, "
         f"{workload.prompts + workload.supervised} images"
@@ -27,11 +40,12 @@ def test_vision_step(
     rounds = max(2, request.config.getoption("--rounds") // 2)
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
+    flops = model_flops(workload, update, train_vision=settings.get("train_vision", False))
     tokens = workload.rollouts * workload.completion_tokens
     benchmark.extra_info.update(
         suite="vision_step",
         implementation=implementation,
         size=size,
-        tflops=model_flops(workload, update, train_vision=train_vision) / seconds / 1e12,
+        tflops=flops / seconds / 1e12,
         more={"completion tokens/s": tokens / seconds},
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from recap_fast.config import TrainConfig
 from recap_fast.model import attention
-from recap_fast.model.policy import Policy, choose_attention
+from recap_fast.model.policy import Policy, make_policy, patch_backbone
 from recap_fast.training.optimization import PolicyOptimizer
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout
@@ -122,12 +122,26 @@ def make_rollouts(workload: Workload, seed: int = 0) -> tuple[list[Rollout], np.
     return rollouts, random.standard_normal((len(rollouts), 1)).astype(np.float32)
 
 
-def make_config(workload: Workload) -> TrainConfig:
+def model_settings(
+    workload: Any, device: torch.device, *, liger: bool = True, **settings: Any
+) -> dict[str, Any]:
+    """The `model` section of a workload's configuration."""
+    checkpointing = workload.gradient_checkpointing
+    return {
+        "path": workload.name,
+        "device": device.type,
+        "liger": liger,
+        "gradient_checkpointing": checkpointing,
+        **settings,
+    }
+
+
+def make_config(workload: Workload, device: torch.device, *, liger: bool = True) -> TrainConfig:
     """A configuration of one rewarded objective; no data is loaded from it."""
     return TrainConfig.model_validate(
         {
             "run": "unused",
-            "model": {"path": "unused"},
+            "model": model_settings(workload, device, liger=liger),
             "data": {
                 "sources": [
                     {
@@ -178,21 +192,33 @@ def model_flops(workload: Workload, update: PackedUpdate) -> float:
 Step = Callable[[], Any]
 
 
-def recap_step(workload: Workload, device: torch.device) -> tuple[Step, PackedUpdate, Any]:
+def recap_optimizer(
+    workload: Workload, device: torch.device, *, liger: bool = True
+) -> tuple[PolicyOptimizer, Policy, TrainConfig]:
+    """recap-fast's optimizer over a model that is made and patched as the trainer's is.
+
+    Liger, where it can run, patches every model of the type that this process makes afterwards:
+    see `benchmarks.liger.patches_undone`.
+    """
+    config = make_config(workload, device, liger=liger)
+    patch_backbone(config.model, "qwen2", device)
+    model = build_model(workload.model, device, packed=True)
+    policy = make_policy(model, config.model, workload.name)
+    return PolicyOptimizer(policy, None, config), policy, config
+
+
+def recap_step(
+    workload: Workload, device: torch.device, *, liger: bool = True
+) -> tuple[Step, PackedUpdate, Any]:
     """recap-fast's optimizer step from packed batches that lie on the device.
 
     Returns:
         The step, its batches, and the model.
     """
-    config = make_config(workload)
-    model = build_model(workload.model, device, packed=True)
-    if workload.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    backend = choose_attention("auto", workload.name, model, torch.bfloat16)
-    optimizer = PolicyOptimizer(Policy(model, torch.bfloat16, backend), None, config)
-    update = make_update(workload, config, device, backend)
+    optimizer, policy, config = recap_optimizer(workload, device, liger=liger)
+    update = make_update(workload, config, device, policy.attention)
     weights = torch.ones(1, device=device)
-    return lambda: optimizer.step(update, weights, 1e-6), update, model
+    return lambda: optimizer.step(update, weights, 1e-6), update, policy.model
 
 
 def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch: int) -> Step:

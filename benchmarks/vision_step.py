@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.training_step import ModelShape, Step
+from benchmarks.training_step import ModelShape, Step, model_settings
 from recap_fast.config import TrainConfig
 from recap_fast.model import attention
-from recap_fast.model.policy import Policy, choose_attention, choose_vision_attention
+from recap_fast.model.policy import make_policy, patch_backbone
 from recap_fast.training.optimization import PolicyOptimizer
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import ImageInput, Prompt, Rollout, SupervisedRow
@@ -182,14 +182,20 @@ def make_rows(
     return rollouts, advantages, rows
 
 
-def make_config(workload: VisionWorkload) -> TrainConfig:
+def make_config(
+    workload: VisionWorkload,
+    device: torch.device,
+    *,
+    liger: bool = True,
+    train_vision: bool = False,
+) -> TrainConfig:
     """Two rewarded objectives and a supervised one; no data is loaded from it."""
     rewards = {"accuracy": "accuracy", "format": "accuracy"}
     source = {"reasoning_gym": "chain_sum"}
     return TrainConfig.model_validate(
         {
             "run": "unused",
-            "model": {"path": "unused"},
+            "model": model_settings(workload, device, liger=liger, train_vision=train_vision),
             "data": {
                 "sources": [
                     source | {"name": "random", "kind": "rl", "rewards": rewards},
@@ -209,20 +215,19 @@ def make_config(workload: VisionWorkload) -> TrainConfig:
 
 
 def vision_step(
-    workload: VisionWorkload, device: torch.device, *, train_vision: bool = False
+    workload: VisionWorkload,
+    device: torch.device,
+    *,
+    train_vision: bool = False,
+    liger: bool = True,
 ) -> tuple[Step, PackedUpdate]:
-    """recap-fast's optimizer step from packed batches, images included, that lie on the device."""
-    config = make_config(workload)
-    model = build_model(workload, device)
-    if workload.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    backends = [
-        choose("auto", workload.name, model, torch.bfloat16)
-        for choose in (choose_attention, choose_vision_attention)
-    ]
-    policy = Policy(model, torch.bfloat16, *backends)
-    assert policy.vision is not None
-    policy.vision.tower.requires_grad_(train_vision)
+    """recap-fast's optimizer step from packed batches, images included, that lie on the device.
+
+    The model is made and patched as the trainer's is, see `training_step.recap_optimizer`.
+    """
+    config = make_config(workload, device, liger=liger, train_vision=train_vision)
+    patch_backbone(config.model, "qwen2_5_vl", device)
+    policy = make_policy(build_model(workload, device), config.model, workload.name)
     optimizer = PolicyOptimizer(policy, None, config)
     rollouts, advantages, rows = make_rows(workload)
     update = pack_update(

@@ -6,7 +6,7 @@ Shapes: C rows, V columns.
 import triton
 import triton.language as tl
 
-from recap_fast.kernels.softmax import LN_2, row_statistics, store_gradient, store_zeros
+from recap_fast.kernels.softmax import in_nats, row_statistics, store_gradient, store_zeros
 
 IGNORED_TARGET = tl.constexpr(-100)
 
@@ -47,11 +47,12 @@ def logprobs_kernel(
         if gradient_ptr is not None:
             store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
     else:
-        peak, log_mass, log2_p, entropy_bits, target_slope = row_statistics(
+        statistics = row_statistics(
             row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
         )
-        tl.store(logprobs_ptr + row, log2_p * LN_2)
-        tl.store(entropy_ptr + row, entropy_bits * LN_2)
+        logprob, entropy = in_nats(statistics)
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
         if gradient_ptr is not None:
             by_logprob = 0.0
             by_entropy = 0.0
@@ -60,20 +61,7 @@ def logprobs_kernel(
             if by_entropy_ptr is not None:
                 by_entropy = tl.load(by_entropy_ptr + row)
             store_gradient(
-                row_ptr,
-                gradient_ptr + row * gradient_stride,
-                target,
-                by_logprob,
-                by_entropy,
-                peak,
-                log_mass,
-                log2_p,
-                entropy_bits,
-                target_slope,
-                size,
-                softcap,
-                inverse_temperature,
-                HAS_SOFTCAP,
-                by_entropy_ptr is not None,
-                BLOCK_V,
-            )
+                row_ptr, gradient_ptr + row * gradient_stride, target, by_logprob, by_entropy,
+                statistics, size, softcap, inverse_temperature, HAS_SOFTCAP,
+                by_entropy_ptr is not None, BLOCK_V,
+            )  # fmt: skip

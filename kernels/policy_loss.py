@@ -12,7 +12,7 @@ import triton.language as tl
 from recap_fast.kernels.advantages import STD, group_advantage
 from recap_fast.kernels.logprobs import IGNORED_TARGET
 from recap_fast.kernels.objective import clamped_exp, is_inside, kl_estimate, surrogate
-from recap_fast.kernels.softmax import LN_2, row_statistics, store_gradient, store_zeros
+from recap_fast.kernels.softmax import in_nats, row_statistics, store_gradient, store_zeros
 
 ADVANTAGE_EPS = tl.constexpr(1e-4)  # the default of `group_advantages`
 POLICY = tl.constexpr(-1)  # in token_objectives
@@ -148,11 +148,10 @@ def policy_loss_kernel(
         ref = tl.load(ref_ptr + row)
 
     row_ptr = logits_ptr + row * logits_stride
-    peak, log_mass, log2_p, entropy_bits, target_slope = row_statistics(
+    statistics = row_statistics(
         row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
     )
-    logprob = log2_p * LN_2
-    entropy = entropy_bits * LN_2
+    logprob, entropy = in_nats(statistics)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
 
@@ -206,20 +205,6 @@ def policy_loss_kernel(
             store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
         else:
             store_gradient(
-                row_ptr,
-                gradient_ptr + row * gradient_stride,
-                target,
-                by_logprob,
-                by_entropy,
-                peak,
-                log_mass,
-                log2_p,
-                entropy_bits,
-                target_slope,
-                size,
-                softcap,
-                inverse_temperature,
-                HAS_SOFTCAP,
-                HAS_ENTROPY,
-                BLOCK_V,
-            )
+                row_ptr, gradient_ptr + row * gradient_stride, target, by_logprob, by_entropy,
+                statistics, size, softcap, inverse_temperature, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V,
+            )  # fmt: skip

@@ -33,10 +33,21 @@ def tanh(x):
 
 
 @triton.jit
+def load_logits(row_ptr, columns, size):
+    """Logits at `columns` as they lie in memory, -inf past the row's end."""
+    return tl.load(row_ptr + columns, mask=columns < size, other=float("-inf"))
+
+
+@triton.jit
 def load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits at `columns` after the softcap, -inf past the row's end, and their slope."""
-    inside = columns < size
-    z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return cap(load_logits(row_ptr, columns, size), columns < size, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def cap(logits, inside, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Logits in float32 after the softcap, -inf where not `inside`, and the softcap's slope."""
+    z = logits.to(tl.float32)
     slope = 1.0
     if HAS_SOFTCAP:
         bent = tanh(z / softcap)
@@ -76,8 +87,12 @@ def row_statistics(
     z_target = tl.where(known, z_target, float("nan"))
     total = tl.zeros([LANES], tl.float32)  # of 2^bits
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
+    # A block is loaded while the one before is worked on. As it lies in memory it takes few
+    # registers; left to itself, the assembler waits for every 16-byte load of 64-register threads.
+    packed = load_logits(row_ptr, offsets, size)
     for start in range(0, size, BLOCK_V):
-        z, _ = load_capped(row_ptr, start + offsets, size, softcap, HAS_SOFTCAP)
+        z, _ = cap(packed, start + offsets < size, softcap, HAS_SOFTCAP)
+        packed = load_logits(row_ptr, start + BLOCK_V + offsets, size)
         highest = tl.maximum(peak, tl.max(z, axis=1))
         # Where all is -inf so far, any finite reference will do.
         reference = tl.where(highest == float("-inf"), 0.0, highest)
@@ -100,17 +115,19 @@ def row_statistics(
 
 
 @triton.jit
+def in_nats(statistics):
+    """Log-prob of the target and entropy, of what `row_statistics` returned."""
+    return statistics[2] * LN_2, statistics[3] * LN_2
+
+
+@triton.jit
 def store_gradient(
     row_ptr,
     gradient_ptr,
     target,
     by_logprob,
     by_entropy,
-    peak,
-    log_mass,
-    log2_p_target,
-    entropy,
-    target_slope,
+    statistics,
     size,
     softcap,
     inverse_temperature,
@@ -120,8 +137,9 @@ def store_gradient(
 ):
     """by_logprob * d logprob + by_entropy * d H over the row, which may be overwritten by it.
 
-    Takes what `row_statistics` returned, in its units.
+    Takes the statistics as `row_statistics` returned them, in its units.
     """
+    peak, log_mass, log2_p_target, entropy, target_slope = statistics
     offsets = tl.arange(0, BLOCK_V)
     to_bits = inverse_temperature * LOG2_E
     by_p = by_logprob * inverse_temperature  # d loss / d z_j = -p_j * (by_p + by_bits * ...)

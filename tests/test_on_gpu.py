@@ -16,8 +16,8 @@ from benchmarks.on_gpu.train_step import datasheet_tflops
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
-PARTS = ["machine", "gpu_tests", "checks", "kernels", "train_step", "vision_step", "trl_step",
-         "rollout", "digits"]  # fmt: skip
+PARTS = ["machine", "gpu_tests", "checks", "kernels", "train_step", "vision_step", "memory",
+         "trl_step", "rollout", "digits"]  # fmt: skip
 
 
 def rehearse(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +51,10 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     assert len(found["train_step"]["results"]["kernels"]) == 10
     assert found["vision_step"]["results"]["completion_tokens_per_second"] > 0
     assert found["vision_step"]["results"]["image_tokens"] == 36
+    assert found["train_step"]["results"]["without_liger"] is None  # the same on a CPU
+    lengths = [step["packed_tokens"] for step in found["memory"]["results"]["steps"]]
+    assert len(lengths) == 20
+    assert len(set(lengths)) > 5
     assert found["digits"]["results"]["finished_runs"] == 1
     assert found["digits"]["results"]["methods"]["recap"]["seeds"] == [0]
     assert "checks | failed" in (tmp_path / "summary.md").read_text()

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.measuring import pick_device
 from benchmarks.on_gpu.part import Context, SkipPartError
-from benchmarks.training_step import WORKLOADS, build_model, make_rollouts
+from benchmarks.training_step import WORKLOADS, Workload, build_model, make_rollouts
 from recap_fast.config import RolloutConfig
 from recap_fast.rollout import vllm as vllm_rollout
 from recap_fast.rollout.factory import make_engine
-from recap_fast.rollout.mismatch import logprob_diff, sequence_logprobs
+from recap_fast.rollout.mismatch import logprob_diff, sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import iter_weights
 from recap_fast.types import SamplingSpec
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -41,6 +41,7 @@ def run(context: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        stream = _stream(device)
         engine = make_engine(
             RolloutConfig(engine="vllm", cpu_kv_cache_gib=0.05),
             model=model,
@@ -51,22 +52,34 @@ def run(context: Context) -> dict[str, Any]:
             device=device,
         )
         try:
-            return {**_sync(engine, model, device), **_generate(engine, model, workload, device)}
+            return {
+                # An engine that makes its own the thread's must be waited for at the borders.
+                "engine_changed_the_stream": _stream(device) != stream,
+                **_sync(engine, model, workload, device),
+                **_generate(engine, model, workload, device),
+            }
         finally:
             engine.close()
 
 
-def _sync(engine: Any, model: Any, device: torch.device) -> dict[str, Any]:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.01)  # what arrives must differ from what was loaded
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream() if device.type == "cuda" else None
+
+
+def _sync(engine: Any, model: Any, workload: Workload, device: torch.device) -> dict[str, Any]:
+    prompt = make_rollouts(workload)[0][0].prompt
     times = []
     for _ in range(SYNCS):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)  # what arrives must differ from what was there
         start = time.perf_counter()
         engine.sync_weights(iter_weights(model))
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        stale = verify_sync(engine, model, [prompt]).stale
+        assert not stale, f"{len(stale)} weights did not arrive, such as {stale[0]}"
     sent = sum(parameter.numel() for parameter in model.parameters()) * engine.dtype.itemsize
     seconds = statistics.median(times)
     return {

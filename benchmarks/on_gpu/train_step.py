@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.inputs import Shape
 from benchmarks.measuring import describe_device, gemm_tflops, median_seconds, pick_device
-from benchmarks.on_gpu.part import Context
+from benchmarks.on_gpu.part import Context, free_memory
 from benchmarks.training_step import WORKLOADS, Step, Workload, model_flops, recap_step
 from benchmarks.vision_step import VisionWorkload
 
@@ -19,13 +20,31 @@ DATASHEET = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 8
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Figures of recap-fast's step, and its ten largest kernels."""
+    """Figures of recap-fast's step as the trainer runs it, and without Liger."""
     workload, device = WORKLOADS[context.shapes], pick_device()
-    step, update, _ = recap_step(workload, device)
+    return with_and_without_liger(lambda liger: _figures(workload, device, liger), device)
+
+
+def _figures(workload: Workload, device: torch.device, liger: bool) -> dict[str, Any]:
+    step, update, _ = recap_step(workload, device, liger=liger)
     record = measure(step, workload, model_flops(workload, update), device)
     record["packed_tokens"] = update.num_packed_tokens
     record["kernels"] = largest_kernels(step, device)
     return record
+
+
+def with_and_without_liger(
+    figures: Callable[[bool], dict[str, Any]], device: torch.device
+) -> dict[str, Any]:
+    """What `figures` gives with Liger, and in `without_liger` without it.
+
+    That is None where Liger has no part. Without comes first: patches stay for the process.
+    """
+    without = None
+    if device.type == "cuda":
+        without = figures(False)
+        free_memory(device)
+    return figures(True) | {"without_liger": without}
 
 
 def measure(

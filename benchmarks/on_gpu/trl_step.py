@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import pick_device
-from benchmarks.on_gpu.part import Context, SkipPartError
+from benchmarks.on_gpu.part import Context, SkipPartError, free_memory
 from benchmarks.on_gpu.train_step import measure
 from benchmarks.training_step import WORKLOADS, make_config, make_update, model_flops, trl_step
 
@@ -26,7 +25,7 @@ def run(context: Context) -> dict[str, Any]:
         if find_spec(package) is None:
             raise SkipPartError(f"{package} is not installed")
     workload, device = WORKLOADS[context.shapes], pick_device()
-    flops = model_flops(workload, make_update(workload, make_config(workload), device))
+    flops = model_flops(workload, make_update(workload, make_config(workload, device), device))
     found: dict[str, Any] = {}
     for micro_batch in (workload.rollouts, workload.group, 1):
         try:
@@ -36,9 +35,7 @@ def run(context: Context) -> dict[str, Any]:
         except torch.OutOfMemoryError as error:
             found[f"{micro_batch} rollouts a pass"] = {"reason": f"out of memory: {error}"[:200]}
         step = None  # the model goes before the next one comes
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
     times = {name: entry["seconds"] for name, entry in found.items() if "seconds" in entry}
     if not times:
         raise RuntimeError(f"no setting ran: {found}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(
@@ -16,6 +16,7 @@ _INSTRUCTION = re.compile(
     r"(?P<operands>[^;]*);"
 )
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_REGISTER = re.compile(r"\bR(\d+)\b")
 _WIDTH = re.compile(r"\.(?:[US])?(8|16|64|128|256)(?:\.|$)")
 _LOADS = {"LDG", "LD", "LDGSTS"}
 _STORES = {"STG", "ST"}
@@ -32,10 +33,25 @@ class Instruction:
     opcode: str  # with its modifiers, e.g. "LDG.E.128"
     may_fall_through: bool  # control may reach the next instruction
     target: int | None  # of a branch or a call
+    registers: tuple[int, ...]  # that its operands name, a load's destination first
 
     @property
     def name(self) -> str:
         return self.opcode.partition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Bits of a memory access."""
+        match = _WIDTH.search(self.opcode)
+        return 32 if match is None else int(match[1])
+
+    @property
+    def loaded(self) -> set[int]:
+        """Registers that a global load into registers fills, one for each 32 bits."""
+        if self.name not in _LOADS - {"LDGSTS"} or not self.registers:
+            return set()
+        first = self.registers[0]
+        return set(range(first, first + max(1, self.width // 32)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,9 @@ class Code:
     loads: dict[int, int]  # width -> how many
     stores: dict[int, int]
     exponentials: int
+    in_flight: int
+    """Global loads that a thread has under way when it first waits for one of them, at most, where
+    the instructions are repeated: as many latencies pass at once. See `loads_in_flight`."""
 
     @property
     def bytes_loaded(self) -> int:
@@ -105,7 +124,9 @@ def read_instructions(listing: str) -> list[Instruction]:
         # "BRA.U UP0, 0x8e0" and "BRA.DIV UR4, 0x510" carry their condition among the operands.
         is_certain = match["guard"] is None and (len(operands) == 1 or name in _ENDS)
         falls = not (is_certain and name in _ENDS | {"BRA"})
-        found.append(Instruction(int(match["address"], 16), match["opcode"], falls, target))
+        registers = tuple(int(number) for number in _REGISTER.findall(match["operands"]))
+        address = int(match["address"], 16)
+        found.append(Instruction(address, match["opcode"], falls, target, registers))
     return found
 
 
@@ -117,15 +138,33 @@ def count(instructions: Iterable[Instruction]) -> Code:
         loads=_widths(i for i in instructions if i.name in _LOADS),
         stores=_widths(i for i in instructions if i.name in _STORES),
         exponentials=sum(i.opcode == "MUFU.EX2" for i in instructions),
+        in_flight=loads_in_flight(instructions),
     )
 
 
 def _widths(accesses: Iterable[Instruction]) -> dict[int, int]:
-    counts: Counter[int] = Counter()
-    for access in accesses:
-        match = _WIDTH.search(access.opcode)
-        counts[32 if match is None else int(match[1])] += 1
+    counts = Counter(access.width for access in accesses)
     return dict(sorted(counts.items(), reverse=True))
+
+
+def loads_in_flight(body: Sequence[Instruction]) -> int:
+    """The most global loads into registers that are under way whenever one is waited for.
+
+    A thread goes on behind a load until an instruction reads or overwrites what it fills. A loop's
+    body is run through twice in the order of its addresses: a load that is prefetched for the next
+    round is under way across the jump back.
+    """
+    under_way: list[set[int]] = []
+    most = 0
+    for instruction in (*body, *body):
+        touched = instruction.loaded | set(instruction.registers)
+        awaited = [load for load in under_way if load & touched]
+        if awaited:
+            most = max(most, len(under_way))
+            under_way = [load for load in under_way if load not in awaited]
+        if instruction.loaded:
+            under_way.append(instruction.loaded)
+    return most
 
 
 def innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]:

@@ -1,6 +1,7 @@
 """Compiles what the operations launch for GPUs that need not be here, and says what came out.
 
-Registers, shared memory, spills, widths of memory accesses and instructions per element, from the
+Registers, shared memory, spills, widths of memory accesses, loads that are under way together and
+instructions per element, from the
 machine code that Triton makes for each architecture. A table of them is committed
 (`benchmarks/results/static`, shown in docs/static.md), so that a regression shows without a GPU.
 
@@ -70,6 +71,9 @@ class Loop:
     loads: dict[int, int]
     """How many global loads of how many bits a thread the body has; `stores` likewise."""
     stores: dict[int, int]
+    in_flight: int
+    """Loads that a thread has under way when it waits for the first of them: 2 or more hide a
+    latency behind another. 0 where the loop only stores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ class Record:
     @property
     def spills(self) -> bool:
         return self.local_bytes > 0 or self.local_accesses > 0
+
+    @property
+    def reading(self) -> list[Loop]:
+        """Loops that read a row, in the order in which they run."""
+        return [loop for loop in self.loops if loop.loads]
 
     @property
     def narrow(self) -> dict[str, int]:
@@ -247,7 +256,7 @@ def _row_loops(launch: Launch, kernel: Kernel) -> list[Loop]:
     def loop(code: Code) -> Loop:
         elements = code.bytes_loaded / row.element_size()
         per_element = round(code.instructions / elements, 2) if elements else None
-        return Loop(per_element, code.loads, code.stores)
+        return Loop(per_element, code.loads, code.stores, code.in_flight)
 
     return [loop(code) for code in kernel.loops if code.exponentials or code.stores]
 
@@ -269,7 +278,7 @@ def _read_record(raw: dict[str, Any]) -> Record:
         return {int(width): number for width, number in counts.items()}
 
     loops = [
-        Loop(x["instructions_per_element"], widths(x["loads"]), widths(x["stores"]))
+        Loop(**(x | {"loads": widths(x["loads"]), "stores": widths(x["stores"])}))
         for x in raw["loops"]
     ]
     return Record(**(raw | {"loops": loops}))
@@ -279,7 +288,8 @@ def differences(committed: StaticTable, current: StaticTable) -> list[str]:
     """What of `current` is not as committed, a line each.
 
     Under the version of Triton that the table was made with, all must be equal, up to 2% in the
-    instructions per element. Another patch release may use 8 registers more or fewer.
+    instructions per element. Another patch release may use 8 registers more or fewer, and time
+    its loads otherwise.
     """
     slack = 0 if committed.triton == current.triton else _OTHER_TRITON_REGISTERS
     before = {(record.case, record.arch): record for record in committed.records}
@@ -305,16 +315,17 @@ def _compared(
     for one, other in zip(before.loops, after.loops, strict=False):
         was, now = one.instructions_per_element or 0.0, other.instructions_per_element or 0.0
         yield "instructions per element", was, now, _INSTRUCTIONS_TOLERANCE * was
+        yield "loads in flight", one.in_flight, other.in_flight, slack
 
 
 COLUMNS = (
     "case", "GPU", "warps", "registers", "shared", "local", "narrow accesses",
-    "instructions per element", "instructions",
+    "loads in flight", "instructions per element", "instructions",
 )  # fmt: skip
 
 
 def rows(table: StaticTable) -> list[tuple[str, ...]]:
-    """The table's cells under `COLUMNS`. Instructions per element: loop by loop."""
+    """The table's cells under `COLUMNS`. What loops that read a row do: loop by loop."""
     return [
         (
             record.case,
@@ -324,12 +335,8 @@ def rows(table: StaticTable) -> list[tuple[str, ...]]:
             str(record.shared_bytes),
             f"{record.local_bytes}" + (f" ({record.local_accesses}x)" if record.spills else ""),
             ", ".join(f"{number} x {kind}" for kind, number in record.narrow.items()) or "none",
-            " + ".join(
-                f"{loop.instructions_per_element:.1f}"
-                for loop in record.loops
-                if loop.instructions_per_element is not None
-            )
-            or "-",
+            " + ".join(str(loop.in_flight) for loop in record.reading) or "-",
+            " + ".join(f"{loop.instructions_per_element:.1f}" for loop in record.reading) or "-",
             str(record.instructions),
         )
         for record in table.records

@@ -26,8 +26,23 @@ from torch import Tensor, nn
 
 from recap_fast.model.attention_layout import AttentionLayout, Segment
 from recap_fast.model.attention_padded import build_padded
+from recap_fast.model.moving import to_device
 
 IMPLEMENTATION = "recap_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where segments begin and end among a kernel's queries and keys."""
+
+    query_starts: Tensor  # [G + 1] int32, the last is T
+    key_starts: Tensor  # [G + 1] int32, the last is T_k
+    max_queries: int  # of the longest segment
+    max_keys: int
+    causal: bool
+
+    def to(self, device: torch.device) -> Bounds:
+        return to_device(self, device)
 
 
 class RaggedKernel(Protocol):
@@ -40,13 +55,8 @@ class RaggedKernel(Protocol):
         query: Tensor,  # [T, heads, D]
         key: Tensor,  # [T_k, kv_heads, D]; kv_heads divides heads
         value: Tensor,  # [T_k, kv_heads, D]
-        *,
-        query_starts: Tensor,  # [G + 1] int32, the last is T
-        key_starts: Tensor,  # [G + 1] int32, the last is T_k
-        max_queries: int,
-        max_keys: int,
+        bounds: Bounds,
         scale: float | None,  # None: 1 / sqrt(D)
-        causal: bool,
     ) -> Tensor: ...  # [T, heads, D]
 
 
@@ -81,25 +91,15 @@ class RaggedLayout:
     """Segments end to end, in packed order, so that queries and outputs need no gathering."""
 
     kernel: RaggedKernel
-    query_starts: Tensor  # [G + 1] int32
-    key_starts: Tensor  # [G + 1] int32
+    bounds: Bounds
     keys: Tensor | None  # [T_k] int64, packed positions; None: every key is its own query's
-    max_queries: int
-    max_length: int
-    causal: bool
+
+    @property
+    def max_length(self) -> int:
+        return self.bounds.max_keys
 
     def to(self, device: torch.device) -> RaggedLayout:
-        query_starts = self.query_starts.to(device, non_blocking=True)
-        same = self.key_starts is self.query_starts
-        return RaggedLayout(
-            self.kernel,
-            query_starts,
-            query_starts if same else self.key_starts.to(device, non_blocking=True),
-            None if self.keys is None else self.keys.to(device, non_blocking=True),
-            self.max_queries,
-            self.max_length,
-            self.causal,
-        )
+        return to_device(self, device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
@@ -113,17 +113,7 @@ class RaggedLayout:
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if self.keys is not None:
             key, value = (_Repeat.apply(x, self.keys) for x in (key, value))
-        return self.kernel(
-            query,
-            key,
-            value,
-            query_starts=self.query_starts,
-            key_starts=self.key_starts,
-            max_queries=self.max_queries,
-            max_keys=self.max_length,
-            scale=scale,
-            causal=self.causal,
-        )
+        return self.kernel(query, key, value, self.bounds, scale)
 
 
 class _Repeat(torch.autograd.Function):
@@ -151,15 +141,15 @@ def _build_ragged(segments: Sequence[Segment], kernel: RaggedKernel, causal: boo
     query_starts = _starts([len(segment.own) for segment in segments])
     shared = any(segment.prefix for segment in segments)
     runs = [run for segment in segments for run in (segment.prefix, segment.own)]
-    return RaggedLayout(
-        kernel,
-        query_starts,
-        _starts([segment.num_keys for segment in segments]) if shared else query_starts,
-        torch.cat([torch.arange(run.start, run.stop) for run in runs]) if shared else None,
-        max(len(segment.own) for segment in segments),
-        max(segment.num_keys for segment in segments),
-        causal,
+    bounds = Bounds(
+        query_starts=query_starts,
+        key_starts=_starts([s.num_keys for s in segments]) if shared else query_starts,
+        max_queries=max(len(segment.own) for segment in segments),
+        max_keys=max(segment.num_keys for segment in segments),
+        causal=causal,
     )
+    keys = torch.cat([torch.arange(run.start, run.stop) for run in runs]) if shared else None
+    return RaggedLayout(kernel, bounds, keys)
 
 
 def _starts(lengths: list[int]) -> Tensor:

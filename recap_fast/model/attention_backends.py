@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recap_fast.model.attention import SDPA, Backend, RaggedKernel, build_layout
+from recap_fast.model.attention import SDPA, Backend, Bounds, RaggedKernel, build_layout
 from recap_fast.model.attention_layout import Segment
 
 _TOLERANCE = 0.05
@@ -52,9 +52,10 @@ class Choice:
     """Backends that "auto" would rather have taken, and why it could not."""
 
     def __str__(self) -> str:
-        return "; ".join(
-            [self.backend.name, *(f"{name} {reason}" for name, reason in self.refused.items())]
-        )
+        return "; ".join([self.backend.name, *self.reasons()])
+
+    def reasons(self) -> list[str]:
+        return [f"{name} {reason}" for name, reason in self.refused.items()]
 
 
 def choose_backend(name: str, needs: AttentionNeeds) -> Choice:
@@ -72,6 +73,19 @@ def choose_backend(name: str, needs: AttentionNeeds) -> Choice:
         except UnavailableError as error:
             refused[candidate] = str(error)
     return Choice(open_backend(ORDER[-1], needs), refused)
+
+
+def cost_of_sdpa(needs: AttentionNeeds) -> str:
+    """What a GPU pays for running padded rectangles in place of variable lengths."""
+    if not needs.causal:
+        return "one call for each size of image in place of one for all"
+    costs = [
+        "sequences padded to rectangles, up to twice as long",
+        "masks of [sequences, queries, keys] in memory where a prompt is shared",
+    ]
+    if (copies := needs.num_heads // needs.num_kv_heads) > 1:
+        costs.append(f"keys and values held {copies} times, once for each head of queries")
+    return ", ".join(costs)
 
 
 def open_backend(name: str, needs: AttentionNeeds) -> Backend:
@@ -153,28 +167,19 @@ def _load_varlen() -> RaggedKernel:
     has_switch = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        query_starts: Tensor,
-        key_starts: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float | None,
-        causal: bool,
+        query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None
     ) -> Tensor:
         grouped = has_switch and query.shape[1] != key.shape[1]
         output: Tensor = varlen_attn(
             query,
             key,
             value,
-            query_starts,
-            key_starts,
-            max_queries,
-            max_keys,
+            bounds.query_starts,
+            bounds.key_starts,
+            bounds.max_queries,
+            bounds.max_keys,
             scale=scale,
-            window_size=(-1, 0 if causal else -1),  # any key back; none ahead, or any
+            window_size=(-1, 0 if bounds.causal else -1),  # any key back; none ahead, or any
             **({"enable_gqa": True} if grouped else {}),
         )
         return output
@@ -187,27 +192,18 @@ def _load_flash_attn() -> RaggedKernel:
     flash_attn_varlen_func = _import("flash_attn", "flash_attn_varlen_func")
 
     def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        query_starts: Tensor,
-        key_starts: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float | None,
-        causal: bool,
+        query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None
     ) -> Tensor:
         output: Tensor = flash_attn_varlen_func(
             query,
             key,
             value,
-            cu_seqlens_q=query_starts,
-            cu_seqlens_k=key_starts,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=bounds.query_starts,
+            cu_seqlens_k=bounds.key_starts,
+            max_seqlen_q=bounds.max_queries,
+            max_seqlen_k=bounds.max_keys,
             softmax_scale=scale,
-            causal=causal,
+            causal=bounds.causal,
         )
         return output
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from recap_fast.model.attention_layout import Segment
+from recap_fast.model.moving import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,7 @@ class Bucket:
     mask: Tensor | None  # [B, 1, Lq, Lk] bool, True where a query sees a key; None: the layout's
 
     def to(self, device: torch.device) -> Bucket:
-        move = [None if x is None else x.to(device, non_blocking=True) for x in self._fields()]
-        return Bucket(*move)  # type: ignore[arg-type]
-
-    def _fields(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.queries, self.keys, self.mask
+        return to_device(self, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +40,7 @@ class PaddedLayout:
     causal: bool  # what a bucket without a mask is
 
     def to(self, device: torch.device) -> PaddedLayout:
-        buckets = tuple(bucket.to(device) for bucket in self.buckets)
-        gather = self.gather.to(device, non_blocking=True)
-        return PaddedLayout(buckets, gather, self.max_length, self.causal)
+        return to_device(self, device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
@@ -58,7 +53,6 @@ class PaddedLayout:
             out = _attend(
                 b_query, b_key, b_value, attn_mask=bucket.mask, dropout_p=dropout,
                 is_causal=self.causal and bucket.mask is None, scale=scale,
-                enable_gqa=b_query.shape[1] != b_key.shape[1],
             )  # [B, heads, Lq, D]  # fmt: skip
             outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * Lq, heads, D]
         return torch.cat(outputs).index_select(0, self.gather)
@@ -112,12 +106,27 @@ def _build_bucket(members: list[Segment], has_prefix: bool) -> Bucket:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    """[B, heads, Lq, D]; keys and values may have fewer heads, which divide the query's."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and not _groups_heads(query.device):
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    elif group > 1:
+        kwargs["enable_gqa"] = True
     if query.device.type != "cpu":
         return scaled_dot_product_attention(query, key, value, **kwargs)
     # The CPU's fused backward pass is about four times slower in bfloat16 than in float32.
     with torch.autocast("cpu", enabled=False):
         output = scaled_dot_product_attention(query.float(), key.float(), value.float(), **kwargs)
     return output.to(query.dtype)
+
+
+def _groups_heads(device: torch.device) -> bool:
+    """Whether fewer heads of keys than of queries are best left to torch.
+
+    CUDA's kernels that take a mask want as many: torch would fall back to holding the scores
+    [B, heads, Lq, Lk], which are gigabytes a layer.
+    """
+    return device.type == "cpu"
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:

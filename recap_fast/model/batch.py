@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.model.attention_layout import AttentionLayout
+from recap_fast.model.moving import to_device
 from recap_fast.model.vision import PackedImages
 
 
@@ -26,14 +27,4 @@ class PackedBatch:
     images: PackedImages | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
-        return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            layout=self.layout.to(device),
-            hidden_index=self.hidden_index.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            sequence_ids=self.sequence_ids.to(device, non_blocking=True),
-            token_objectives=self.token_objectives.to(device, non_blocking=True),
-            rollout_logprobs=self.rollout_logprobs.to(device, non_blocking=True),
-            images=None if self.images is None else self.images.to(device),
-        )
+        return to_device(self, device)

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,12 @@ from torch import Tensor
 
 from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
-from recap_fast.model.attention_backends import AttentionNeeds, UnavailableError, choose_backend
+from recap_fast.model.attention_backends import (
+    AttentionNeeds,
+    UnavailableError,
+    choose_backend,
+    cost_of_sdpa,
+)
 from recap_fast.model.chat_template import MEDIA
 from recap_fast.model.folder import move_trainer_state
 from recap_fast.model.generation_config import repair_generation_config
@@ -257,8 +263,8 @@ def load_policy(
             f"model.train_vision: {path} is a model of type {model_config.model_type}, whose "
             f"vision, if any, is not supported"
         )
-    if config.liger and device.type == "cuda" and trainable:
-        _apply_liger(model_config.model_type)
+    if trainable:
+        patch_backbone(config, model_config.model_type, device)
     model, loading = _from_pretrained(
         AutoModelForImageTextToText if takes_images else AutoModelForCausalLM,
         path,
@@ -270,7 +276,24 @@ def load_policy(
         raise ModelError(
             f"model.path: {path} lacks {len(missing)} of the model's weights, such as {missing[0]}"
         )
-    model.to(device).requires_grad_(trainable)
+    return make_policy(model.to(device), config, path, trainable=trainable, attention=attention)
+
+
+def make_policy(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    path: str,
+    *,
+    trainable: bool = True,
+    attention: str | None = None,
+) -> Policy:
+    """`load_policy` for a model whose weights are there, on its device. Raises `ModelError`.
+
+    Args:
+        path: what messages call the model.
+    """
+    compute_dtype = getattr(torch, config.dtype)
+    model.requires_grad_(trainable)
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if trainable:
@@ -281,7 +304,7 @@ def load_policy(
     name = attention or config.attention
     backend = choose_attention(name, path, model, compute_dtype)
     vision_backend = SDPA
-    if takes_images:
+    if is_vision_language(model.config):
         vision_backend = choose_vision_attention(name, path, model, compute_dtype)
     policy = Policy(model, compute_dtype, backend, vision_backend)
     if policy.vision is not None and not config.train_vision:
@@ -323,8 +346,15 @@ def _choose(name: str, what: str, needs: AttentionNeeds) -> Backend:
         choice = choose_backend(name, needs)
     except UnavailableError as error:
         raise ModelError(f"model.attention: {name} cannot run {what} here: it {error}") from error
-    level = logging.INFO if needs.device.type == "cuda" else logging.DEBUG  # no news elsewhere
+    on_cuda = needs.device.type == "cuda"
+    level = logging.INFO if on_cuda else logging.DEBUG  # no news elsewhere
     logger.log(level, "attention of %s: %s", what, choice)
+    if on_cuda and choice.backend is SDPA and choice.refused:
+        logger.warning(
+            "attention of %s falls back to torch's scaled dot product (%s), which is slower and "
+            "takes more memory: %s",
+            what, "; ".join(choice.reasons()), cost_of_sdpa(needs),
+        )  # fmt: skip
     return choice.backend
 
 
@@ -339,10 +369,35 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def patch_backbone(config: ModelConfig, model_type: str, device: torch.device) -> None:
+    """Has models of the type that are made from now on run Liger's kernels, where they can.
+
+    For the whole process: CPU tensors in a patched model are an error.
+    """
+    if config.liger and device.type == "cuda":
+        _apply_liger(model_type)
+
+
+_LIGER_MISSES = {
+    "qwen2_vl": {"apply_rotary_pos_emb": "liger_rotary_pos_emb"},
+    "qwen2_5_vl": {"apply_rotary_pos_emb": "liger_rotary_pos_emb"},
+    "qwen3_vl": {"Qwen3VLTextMLP": "LigerSwiGLUMLP"},
+}
+"""By model type: names of transformers' module that Liger's own patch leaves, and Liger's for them.
+It patches the rotary embedding that these models had when it took three sets of angles, which are
+now merged before ([1, T, D], as in text models), and no MLP of Qwen3-VL."""
+
+
 def _apply_liger(model_type: str) -> None:
     """Patches the backbone's norms, rotary embedding and MLP; the head's loss is our own."""
+    from liger_kernel import transformers as liger
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
-    if patch is not None:
-        patch(cross_entropy=False, fused_linear_cross_entropy=False)
+    if patch is None:
+        return
+    patch(cross_entropy=False, fused_linear_cross_entropy=False)
+    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    for name, replacement in _LIGER_MISSES.get(model_type, {}).items():
+        if hasattr(module, name):  # releases differ
+            setattr(module, name, getattr(liger, replacement))

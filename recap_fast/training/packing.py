@@ -9,7 +9,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from recap_fast.model.attention import SDPA, Backend, build_layout
 from recap_fast.model.attention_layout import Segment
 from recap_fast.model.batch import PackedBatch
+from recap_fast.model.moving import to_device
 from recap_fast.model.vision import VisionAdapter, VisionError
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.types import ImageInput, Rollout, SupervisedRow
@@ -36,14 +37,7 @@ class PackedUpdate:
     num_packed_tokens: int
 
     def to(self, device: torch.device) -> PackedUpdate:
-        return replace(
-            self,
-            batches=[batch.to(device) for batch in self.batches],
-            advantages=self.advantages.to(device, non_blocking=True),
-            denominators=self.denominators.to(device, non_blocking=True),
-            kl_denominator=self.kl_denominator.to(device, non_blocking=True),
-            counts=self.counts.to(device, non_blocking=True),
-        )
+        return to_device(self, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,39 @@ def test_resources_and_accesses_are_counted() -> None:
     assert kernel.code.instructions == 11
 
 
+def in_flight(*instructions: str) -> int:
+    return read_kernel(listing(*instructions, "EXIT")).code.in_flight
+
+
+LOADS = ("LDG.E.128 R4, desc[UR4][R2.64]", "@!P1 LDG.E.128 R8, desc[UR4][R2.64+0x10]")
+
+
+def test_loads_that_are_under_way_together() -> None:
+    first, second = LOADS
+    assert in_flight("MOV R1, R2") == 0
+    assert in_flight(first, "FADD R1, R4, R4", second, "FADD R1, R8, R8") == 1
+    assert in_flight(first, second, "FADD R1, R4, R4", "FADD R1, R8, R8") == 2
+    # The last of the four registers counts; what lies beside them, or is shared memory, does not.
+    assert in_flight(first, "FADD R1, R7, R7", second, "FADD R1, R11, R11") == 1
+    assert in_flight(first, "FADD R12, R3, R12", second, "FADD R1, R7, R11") == 2
+    assert in_flight(first, "LDS.128 R8, [R3]", second, "FADD R1, R7, R11") == 2
+
+
+def test_a_register_that_is_filled_again_is_waited_for() -> None:
+    first, _ = LOADS
+    assert in_flight(first, first, "FADD R1, R4, R4") == 1
+    assert in_flight(first, "MOV R5, 0xff800000", first, "FADD R1, R4, R4") == 1
+
+
+def test_a_prefetched_load_is_under_way_across_the_jump_back() -> None:
+    first, second = LOADS
+    used = ("FADD R1, R4, R4", "FADD R1, R8, R8")
+    # Waited for in the next round, when nothing else is under way; then with its own successor.
+    assert in_flight(*used, first, second) == 2
+    assert in_flight("MOV R12, R4", first, "FADD R1, R12, R12") == 1
+    assert in_flight("LDG.E.128 R16, desc[UR4][R2.64]", *used, first, second) == 3
+
+
 def test_a_loop_is_what_is_repeated() -> None:
     assert loops("MOV R1, R2", "FADD R1, R1, R1", "FMUL R1, R1, R1", "@P0 BRA 0x10", "EXIT") == [
         [1, 2, 3]

@@ -43,6 +43,7 @@ def test_row_loops_are_found_and_measured(own: dict[str, Record]) -> None:
     (loop,) = record.loops
     elements = 4 * loop.loads[128]  # float32
     assert loop.loads == loop.stores
+    assert 1 <= loop.in_flight <= loop.loads[128]
     # An exponential, its scaling, a share of the addresses: a few instructions for an element.
     assert loop.instructions_per_element is not None
     assert 2 < loop.instructions_per_element < 10
@@ -108,6 +109,8 @@ def test_differences_name_what_changed(own: dict[str, Record]) -> None:
     assert line == (f"aligned, sm_90: registers was {record.registers}, is {record.registers + 1}")
     assert changed("3.7.2", registers=record.registers + 8) == []
     assert len(changed("3.7.2", registers=record.registers + 9)) == 1
+    (line,) = changed(loops=[replace(record.loops[0], in_flight=0)])
+    assert f"loads in flight was {record.loops[0].in_flight}, is 0" in line
     (line,) = changed("3.7.2", local_bytes=8)
     assert "local bytes was 0, is 8" in line
     (line,) = changed(loops=[replace(record.loops[0], loads={16: 8})])
@@ -160,6 +163,22 @@ def test_loops_over_aligned_rows_move_128_bits_a_thread(real: StaticTable) -> No
     assert [(r.case, r.arch, r.narrow) for r in walking if r.narrow] == []
     for record in walking:
         assert any(loop.loads for loop in record.loops), record.case
+
+
+def test_bfloat16_policy_kernels_keep_two_loads_in_flight(real: StaticTable) -> None:
+    """One would be half of what a multiprocessor needs under way, see docs/performance.md."""
+    policy = [
+        record
+        for record in real.records
+        if record.case.startswith("policy loss") and "bfloat16 logits" in record.case
+        if record.arch == "sm_90" and record.is_aligned
+    ]
+    assert len(policy) >= 4
+    for record in policy:
+        statistics = record.reading[0]
+        assert statistics.in_flight >= 2, record.case
+        # 32 warps of 64 registers are all that a multiprocessor has.
+        assert (record.warps, record.registers <= 64) == (32, True), record.case
 
 
 def test_unaligned_rows_show_as_narrow(real: StaticTable) -> None:

@@ -15,14 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recap_fast.config import ModelConfig
-from recap_fast.model import attention_backends
+from recap_fast.model import attention_backends, attention_padded
+from recap_fast.model import policy as model_policy
 from recap_fast.model.attention import (
     SDPA,
     Backend,
+    Bounds,
     RaggedLayout,
     Segment,
     build_layout,
@@ -45,30 +48,18 @@ from tests.tiny import VOCAB, save_tiny_model, tiny_config, tiny_policy
 from tests.training.test_packing import make_rows, one_at_a_time, run_packed
 
 
-def documented_kernel(
-    query,
-    key,
-    value,
-    *,
-    query_starts,
-    key_starts,
-    max_queries,
-    max_keys,
-    scale,
-    causal=True,
-    shift=0,
-) -> Tensor:  # fmt: skip
+def documented_kernel(query, key, value, bounds, scale, shift=0) -> Tensor:
     """What flash-attn (2.1 and newer) promises, segment by segment in float64: keys and values of
     a head serve a run of query heads, and the causal mask is aligned at the last query and key."""
-    for starts, end in ((query_starts, len(query)), (key_starts, len(key))):
+    for starts, end in ((bounds.query_starts, len(query)), (bounds.key_starts, len(key))):
         assert starts.dtype == torch.int32
         assert starts[0] == 0
         assert starts[-1] == end
     assert query.dtype == key.dtype == value.dtype
-    lengths = query_starts.diff().tolist(), key_starts.diff().tolist()
-    assert [max_queries, max_keys] == [max(lengths[0]), max(lengths[1])]
-    assert isinstance(max_queries, int)
-    assert isinstance(max_keys, int)
+    lengths = bounds.query_starts.diff().tolist(), bounds.key_starts.diff().tolist()
+    assert [bounds.max_queries, bounds.max_keys] == [max(lengths[0]), max(lengths[1])]
+    assert isinstance(bounds.max_queries, int)
+    assert isinstance(bounds.max_keys, int)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
     outputs = []
@@ -80,7 +71,7 @@ def documented_kernel(
     ):
         scores = scale * torch.einsum("qhd,khd->hqk", q, k)
         last = torch.arange(len(q)) + len(k) - len(q) + shift
-        hidden = torch.arange(len(k)) > (last[:, None] if causal else len(k))
+        hidden = torch.arange(len(k)) > (last[:, None] if bounds.causal else len(k))
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.transpose(0, 1))
     return torch.cat(outputs, 1).transpose(0, 1).to(query.dtype)
 
@@ -182,29 +173,64 @@ def test_images_of_one_size_are_one_rectangle_without_a_mask():
     assert all(bucket.mask is None for bucket in layout.buckets)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("groups", [[(2, [3, 1])], [(4, []), (2, [])]])
+def test_padding_asks_gpus_for_as_many_heads_of_keys(monkeypatch, groups, kv_heads, dtype):
+    """With fewer, CUDA's kernels that take a mask refuse, and torch holds all scores in memory."""
+    calls = []
+
+    def watched(query, key, value, **kwargs):
+        calls.append((query.shape[1], key.shape[1], value.shape[1], kwargs))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(attention_padded, "scaled_dot_product_attention", watched)
+    segments = to_segments(groups)
+    tokens = max(s.own.stop for s in segments)
+    inputs = draw_inputs(tokens, kv_heads=kv_heads, dtype=dtype, device="meta")
+    layout = build_layout(segments, SDPA).to(torch.device("meta"))
+    results = with_gradients(lambda *x: layout.attend(*x, scale=0.3, dropout=0.0), inputs)
+    assert [r.shape for r in results] == [inputs[0].shape, *(x.shape for x in inputs)]
+    assert len(calls) == len(layout.buckets)
+    for queries, keys, values, kwargs in calls:
+        assert queries == keys == values == 4
+        assert "enable_gqa" not in kwargs
+
+
+def test_repeated_heads_of_keys_are_those_of_grouped_queries(monkeypatch):
+    """What a GPU is asked for, computed here: head by head what the CPU's own grouping gives."""
+    query, key, value = (x.transpose(0, 1)[None] for x in draw_inputs(7, heads=6, kv_heads=2))
+    expected = attention_padded._attend(query, key, value, is_causal=True)
+    monkeypatch.setattr(attention_padded, "_groups_heads", lambda device: False)
+    result = attention_padded._attend(query, key, value, is_causal=True)
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_whole_sequences_need_no_gathering():
     layout = build_layout(to_segments([(3, []), (1, []), (5, [])]), DOCUMENTED)
     assert isinstance(layout, RaggedLayout)
     assert layout.keys is None
-    assert layout.key_starts is layout.query_starts
-    assert layout.query_starts.tolist() == [0, 3, 4, 9]
-    assert (layout.max_queries, layout.max_length) == (5, 5)
-    moved = layout.to(torch.device("meta"))
+    bounds = layout.bounds
+    assert bounds.key_starts is bounds.query_starts
+    assert bounds.query_starts.tolist() == [0, 3, 4, 9]
+    assert (bounds.max_queries, layout.max_length) == (5, 5)
+    moved = layout.to(torch.device("meta")).bounds
     assert moved.key_starts is moved.query_starts
+    assert moved.key_starts.is_meta
 
 
 def test_shared_prompts_are_repeated_among_the_keys_only():
     layout = build_layout(to_segments([(2, [3, 1]), (1, [])]), DOCUMENTED)
-    assert layout.query_starts.tolist() == [0, 2, 5, 6, 7]
-    assert layout.key_starts.tolist() == [0, 2, 7, 10, 11]
+    assert layout.bounds.query_starts.tolist() == [0, 2, 5, 6, 7]
+    assert layout.bounds.key_starts.tolist() == [0, 2, 7, 10, 11]
     assert layout.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
-    assert (layout.max_queries, layout.max_length) == (3, 5)
+    assert (layout.bounds.max_queries, layout.max_length) == (3, 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_gradients_of_a_shared_prompt_are_summed_in_float32(device):
     """In bfloat16 a sum of ones stops at 256. (torch's own sum is that narrow on CUDA only.)"""
-    repeats = Backend("repeats", lambda query, key, value, **rest: value)
+    repeats = Backend("repeats", lambda query, key, value, *rest: value)
     layout = build_layout(to_segments([(1, [1] * 999)]), repeats).to(torch.device(device))
     inputs = draw_inputs(1000, dtype=torch.bfloat16, device=device)
     layout.attend(*inputs, scale=None, dropout=0.0).sum().backward()
@@ -247,9 +273,9 @@ def test_kernels_for_16_bits_get_16_bits(share_prefixes):
     """Rotary embeddings make float32 of queries and keys under autocast."""
     seen = set()
 
-    def kernel(query, key, value, **rest):
+    def kernel(query, key, value, *rest):
         seen.update((query.dtype, key.dtype, value.dtype))
-        return documented_kernel(query, key, value, **rest)
+        return documented_kernel(query, key, value, *rest)
 
     rows = make_rows(11, 2, 4, 2)
     policy = tiny_policy(dtype=torch.bfloat16)
@@ -358,10 +384,8 @@ def test_torchs_kernel_of_release_2_11(monkeypatch):
     ):  # fmt: skip
         assert window_size == (-1, 0)
         assert return_aux is None
-        return documented_kernel(
-            query, key, value, query_starts=cu_seq_q, key_starts=cu_seq_k,
-            max_queries=max_q, max_keys=max_k, scale=scale,
-        )  # fmt: skip
+        bounds = Bounds(cu_seq_q, cu_seq_k, max_q, max_k, causal=True)
+        return documented_kernel(query, key, value, bounds, scale)
 
     install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
     try_backend(Backend("varlen", attention_backends._load_varlen()), NEEDS)
@@ -377,10 +401,8 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
         assert causal is True
         assert dropout_p == softcap == 0.0
         assert not return_attn_probs
-        return documented_kernel(
-            q, k, v, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
-            max_queries=max_seqlen_q, max_keys=max_seqlen_k, scale=softmax_scale,
-        )  # fmt: skip
+        bounds = Bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        return documented_kernel(q, k, v, bounds, softmax_scale)
 
     install(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
     try_backend(Backend("flash_attn", attention_backends._load_flash_attn()), NEEDS)
@@ -452,11 +474,13 @@ def test_the_trial_accepts_what_is_documented():
         try_backend(DOCUMENTED, replace(NEEDS, dtype=dtype, num_heads=14, head_dim=64))
 
 
-def aligned_at_the_start(query, key, value, *, query_starts, key_starts, **rest) -> Tensor:
+def aligned_at_the_start(query, key, value, bounds, scale) -> Tensor:
     """Causal from the first key, as scaled_dot_product_attention's own flag is."""
     outputs = []
     for (q0, q1), (k0, k1) in zip(
-        query_starts.unfold(0, 2, 1).tolist(), key_starts.unfold(0, 2, 1).tolist(), strict=True
+        bounds.query_starts.unfold(0, 2, 1).tolist(),
+        bounds.key_starts.unfold(0, 2, 1).tolist(),
+        strict=True,
     ):
         rows = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -466,19 +490,19 @@ def aligned_at_the_start(query, key, value, *, query_starts, key_starts, **rest)
     return torch.cat(outputs)
 
 
-def off_by_one_key(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key, value, **rest, shift=1)
+def off_by_one_key(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key, value, *rest, shift=1)
 
 
-def without_key_gradient(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key.detach() + 0 * key, value, **rest)
+def without_key_gradient(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key.detach() + 0 * key, value, *rest)
 
 
-def not_a_number(query, key, value, **rest) -> Tensor:
-    return documented_kernel(query, key, value, **rest) * torch.nan
+def not_a_number(query, key, value, *rest) -> Tensor:
+    return documented_kernel(query, key, value, *rest) * torch.nan
 
 
-def not_built_for_this(query, key, value, **rest) -> Tensor:
+def not_built_for_this(query, key, value, *rest) -> Tensor:
     raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
 
@@ -501,8 +525,8 @@ def test_the_trial_of_a_vision_towers_backend():
     needs = replace(NEEDS, num_kv_heads=4, causal=False)
     try_backend(DOCUMENTED, needs)
 
-    def always_causal(query, key, value, *, causal, **rest):
-        return documented_kernel(query, key, value, **rest)
+    def always_causal(query, key, value, bounds, scale):
+        return documented_kernel(query, key, value, replace(bounds, causal=True), scale)
 
     try_backend(Backend("wrong", always_causal), NEEDS)
     with pytest.raises(UnavailableError, match="output differs from sdpa's"):
@@ -543,6 +567,33 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
     assert policy.attention is DOCUMENTED
     assert asked == [("auto", AttentionNeeds(torch.device("cpu"), torch.bfloat16, 4, 2, 12, 0.0))]
     assert "documented; varlen is broken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        (replace(ON_CUDA, num_heads=28, num_kv_heads=4), "held 7 times"),
+        (replace(ON_CUDA, num_kv_heads=4), "up to twice as long"),
+        (replace(ON_CUDA, causal=False), "each size of image"),
+    ],
+)
+def test_a_gpu_that_falls_back_to_padding_is_told_what_it_costs(monkeypatch, caplog, needs, told):
+    """float32 on a GPU: the reason of each faster backend and the price, in one warning."""
+    caplog.set_level(logging.INFO, "recap_fast.model.policy")
+    refused = replace(needs, dtype=torch.float32)
+    assert model_policy._choose("auto", "some/model", refused) is SDPA
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    text = warning.getMessage()
+    assert "some/model falls back to torch's scaled dot product (varlen computes in bf" in text
+    assert told in text
+    assert ("held" in text) == (needs.num_heads != needs.num_kv_heads and needs.causal)
+
+
+@pytest.mark.parametrize(("name", "needs"), [("sdpa", ON_CUDA), ("auto", NEEDS)])
+def test_padding_that_was_asked_for_or_is_best_is_no_warning(caplog, name, needs):
+    caplog.set_level(logging.INFO, "recap_fast.model.policy")
+    assert model_policy._choose(name, "some/model", needs) is SDPA
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
 
 
 def test_a_run_lays_its_batches_out_for_the_chosen_backend(folder, tmp_path, monkeypatch):
@@ -608,6 +659,25 @@ def test_kernels_are_as_close_to_the_truth_as_sdpa(cuda_backend, shared, kv_head
     ):
         ours_error, theirs_error = ((x.double().cpu() - truth).norm() for x in (ours, theirs))
         assert ours_error <= 1.5 * theirs_error + 1e-4 * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+def test_padding_on_a_gpu_holds_no_scores(dtype, shared):
+    """28 heads of queries, 4 of keys, a prompt of 8 rollouts: without torch's plain path."""
+    segments = to_segments([(1024, [512] * 8 if shared else [])])
+    inputs = draw_inputs(max(s.own.stop for s in segments), 28, 4, 128, dtype, "cuda")
+    layout = build_layout(segments, SDPA).to(torch.device("cuda"))
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(allowed):
+        results = with_gradients(lambda *x: layout.attend(*x, scale=None, dropout=0.0), inputs)
+    exact = [x.detach().cpu().float().requires_grad_() for x in inputs]
+    on_cpu = build_layout(segments, SDPA)
+    expected = with_gradients(lambda *x: on_cpu.attend(*x, scale=None, dropout=0.0), exact)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-3
+    for result, wanted in zip(results, expected, strict=True):
+        assert (result.cpu().float() - wanted).norm() < tolerance * wanted.norm()
 
 
 @pytest.mark.gpu

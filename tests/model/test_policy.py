@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.liger import patches_undone
 from recap_fast.config import ModelConfig
 from recap_fast.model import policy as model_module
 from recap_fast.model.attention import IMPLEMENTATION
@@ -21,7 +24,10 @@ from recap_fast.model.policy import (
     resolve_model,
 )
 from recap_fast.model.vision import MODEL_TYPES
-from tests.tiny import save_tiny_model, tiny_llama
+from recap_fast.ops import PolicyLossConfig, linear_logprobs
+from recap_fast.training.packing import pack_update
+from tests.tiny import VOCAB, save_tiny_model, tiny_llama, tiny_vision_model
+from tests.training.test_packing import make_rows
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,119 @@ def test_liger_has_the_switches_that_are_set(model_type):
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     parameters = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]).parameters
     assert {"cross_entropy", "fused_linear_cross_entropy"} <= parameters.keys()
+
+
+LIGERS = ("llama", "qwen2", "qwen3", *MODEL_TYPES)
+
+
+def tiny_model_of(model_type, **settings):
+    """Made now, of whatever transformers' module holds; hidden size 48, three layers at most."""
+    if model_type in MODEL_TYPES:
+        return tiny_vision_model(model_type, **settings)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.1,
+        **settings,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture
+def patched(request):
+    """transformers' module of a model type with Liger's kernels in it."""
+    with patches_undone(request.param):
+        model_module.patch_backbone(ModelConfig(path="unused"), request.param, torch.device("cuda"))
+        yield request.param
+
+
+@pytest.mark.parametrize("patched", LIGERS, indirect=True)
+def test_every_layer_of_a_decoder_runs_ligers_kernels(patched):
+    """Norms, rotary embedding and MLP: a release that renames one would leave it out in silence."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    decoder = tiny_model_of(patched).get_decoder()
+    assert isinstance(decoder.norm, liger.LigerRMSNorm)
+    for layer in decoder.layers:
+        norms = [module for name, module in layer.named_modules() if "norm" in name]
+        assert len(norms) == (4 if "qwen3" in patched else 2)
+        assert all(isinstance(norm, liger.LigerRMSNorm) for norm in norms)
+        assert isinstance(layer.mlp, liger.LigerSwiGLUMLP)
+        names = type(layer.self_attn).forward.__globals__
+        assert names["apply_rotary_pos_emb"] is liger.liger_rotary_pos_emb
+
+
+@pytest.mark.parametrize("config", [{"liger": False}, {"device": "cpu"}])
+def test_liger_stays_out_where_it_is_off_or_cannot_run(config):
+    pytest.importorskip("liger_kernel.transformers")
+    settings = ModelConfig(path="unused", **config)
+    device = torch.device("cpu" if settings.liger else "cuda")
+    with patches_undone("qwen2"):
+        model_module.patch_backbone(settings, "qwen2", device)
+        layer = tiny_model_of("qwen2").get_decoder().layers[0]
+    assert type(layer.mlp).__module__.startswith("transformers.")
+    assert type(layer.input_layernorm).__module__.startswith("transformers.")
+
+
+def test_undone_patches_leave_a_module_as_it_was():
+    pytest.importorskip("liger_kernel.transformers")
+    module = importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    before = dict(vars(module))
+    with patches_undone("qwen2_vl"):
+        model_module._apply_liger("qwen2_vl")
+        assert vars(module) != before
+    assert vars(module) == before
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_ligers_rotary_embedding_is_the_models_own(kind):
+    """Angles [1, T, D] of three positions a token, as merged by the model; interpreted."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter")
+    decoder = tiny_vision_model(kind).get_decoder()
+    names = type(decoder.layers[0].self_attn).forward.__globals__
+    theirs = names["apply_rotary_pos_emb"]
+    assert theirs is not liger.liger_rotary_pos_emb
+    positions = torch.tensor([[0, 1, 2, 3, 9], [0, 5, 2, 1, 9], [0, 3, 3, 7, 9]])[:, None]
+    cos, sin = decoder.rotary_emb(torch.empty(1, 5, 48), positions)
+    assert cos.shape == (1, 5, 12)
+    drawn = [torch.randn(1, 5, heads, 12).transpose(1, 2) for heads in (4, 2)]
+    results = []
+    for rotate in (theirs, liger.liger_rotary_pos_emb):
+        inputs = [x.clone().requires_grad_() for x in drawn]
+        outputs = rotate(*(x * 1 for x in inputs), cos, sin)
+        weights = [torch.linspace(-1, 1, x.numel()).view_as(x) for x in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, inputs, weights)])
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", LIGERS)
+def test_liger_computes_what_the_model_does(kind, tmp_path):
+    """The same weights and batch with Liger and without: log-probs and gradients."""
+    path = str(tmp_path)
+    with patches_undone(kind):
+        tiny_model_of(kind).save_pretrained(path)
+        found = [_logprobs_and_gradient(path, liger=liger) for liger in (False, True)]
+    (logprobs, gradient), (ours, our_gradient) = found
+    assert (ours - logprobs).abs().mean() < 0.02
+    assert (our_gradient - gradient).norm() < 0.02 * gradient.norm()
+
+
+def _logprobs_and_gradient(path, *, liger):
+    config = ModelConfig(path=path, device="cuda", liger=liger)
+    policy = load_policy(config, path)
+    patched = any("liger" in type(m).__module__ for m in policy.model.modules())
+    assert patched == liger
+    rollouts, advantages, supervised = make_rows(11, 2, 4, 2)
+    batch = pack_update(
+        rollouts, advantages, supervised, [2] * len(supervised), config=PolicyLossConfig(),
+        max_tokens=1000, attention=policy.attention, vision=policy.vision,
+    ).to(policy.device).batches[0]  # fmt: skip
+    logprobs, _ = linear_logprobs(policy.hidden(batch), policy.head.weight, batch.targets)
+    (-logprobs.mean()).backward()
+    gradients = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+    return logprobs.detach(), torch.cat(gradients)
 
 
 def rewrite_weights(source, target, change):

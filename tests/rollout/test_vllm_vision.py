@@ -51,7 +51,10 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.skip(f"vLLM cannot run here: {reason}")
     folder = save_tiny_vision_model(tmp_path_factory.mktemp(kind), kind, **TEXT)
     dtype = "float32" if device == "cpu" else "bfloat16"
-    config = ModelConfig(path=str(folder), device=device, dtype=dtype, train_vision=True)
+    # Liger would patch transformers for the process, and other tests run this model on the CPU.
+    config = ModelConfig(
+        path=str(folder), device=device, dtype=dtype, train_vision=True, liger=False
+    )
     model = load_policy(config, str(folder)).model
     tokenizer = load_tokenizer(str(folder))
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
