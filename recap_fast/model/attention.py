@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from recap_fast.model.attention_layout import AttentionLayout, Segment
 from recap_fast.model.attention_padded import build_padded
+from recap_fast.model.upload import upload
 
 IMPLEMENTATION = "recap_packed"
 
@@ -89,13 +90,13 @@ class RaggedLayout:
     causal: bool
 
     def to(self, device: torch.device) -> RaggedLayout:
-        query_starts = self.query_starts.to(device, non_blocking=True)
+        query_starts = upload(self.query_starts, device)
         same = self.key_starts is self.query_starts
         return RaggedLayout(
             self.kernel,
             query_starts,
-            query_starts if same else self.key_starts.to(device, non_blocking=True),
-            None if self.keys is None else self.keys.to(device, non_blocking=True),
+            query_starts if same else upload(self.key_starts, device),
+            None if self.keys is None else upload(self.keys, device),
             self.max_queries,
             self.max_length,
             self.causal,

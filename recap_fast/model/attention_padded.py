@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from recap_fast.model.attention_layout import Segment
+from recap_fast.model.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Bucket:
     mask: Tensor | None  # [B, 1, Lq, Lk] bool, True where a query sees a key; None: the layout's
 
     def to(self, device: torch.device) -> Bucket:
-        move = [None if x is None else x.to(device, non_blocking=True) for x in self._fields()]
+        move = [None if x is None else upload(x, device) for x in self._fields()]
         return Bucket(*move)  # type: ignore[arg-type]
 
     def _fields(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -44,7 +45,7 @@ class PaddedLayout:
 
     def to(self, device: torch.device) -> PaddedLayout:
         buckets = tuple(bucket.to(device) for bucket in self.buckets)
-        gather = self.gather.to(device, non_blocking=True)
+        gather = upload(self.gather, device)
         return PaddedLayout(buckets, gather, self.max_length, self.causal)
 
     def attend(

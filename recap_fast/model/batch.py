@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.model.attention_layout import AttentionLayout
+from recap_fast.model.upload import upload
 from recap_fast.model.vision import PackedImages
 
 
@@ -27,13 +28,13 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            input_ids=upload(self.input_ids, device),
+            position_ids=upload(self.position_ids, device),
             layout=self.layout.to(device),
-            hidden_index=self.hidden_index.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            sequence_ids=self.sequence_ids.to(device, non_blocking=True),
-            token_objectives=self.token_objectives.to(device, non_blocking=True),
-            rollout_logprobs=self.rollout_logprobs.to(device, non_blocking=True),
+            hidden_index=upload(self.hidden_index, device),
+            targets=upload(self.targets, device),
+            sequence_ids=upload(self.sequence_ids, device),
+            token_objectives=upload(self.token_objectives, device),
+            rollout_logprobs=upload(self.rollout_logprobs, device),
             images=None if self.images is None else self.images.to(device),
         )

@@ -7,7 +7,7 @@ tensors, for the one copy after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,8 +40,14 @@ def combine_stats(stats: Sequence[UpdateStats], updates: Sequence[PackedUpdate])
     if len(stats) == 1:
         return stats[0]
     counts = torch.stack([update.counts for update in updates])  # [U, K]
-    tokens = counts.new_tensor([update.num_policy_tokens for update in updates])
-    trained = counts.new_tensor([bool(update.batches) for update in updates])
+    device = counts.device
+
+    def per_update(values: Iterable[float]) -> Tensor:
+        # Filled on the device: a list would be copied there, which waits.
+        return torch.stack([torch.full((), float(value), device=device) for value in values])
+
+    tokens = per_update(update.num_policy_tokens for update in updates)
+    trained = per_update(bool(update.batches) for update in updates)
 
     def mean(name: str, weights: Tensor) -> Tensor:
         values = torch.stack([getattr(item, name) for item in stats])

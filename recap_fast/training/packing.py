@@ -18,6 +18,7 @@ from torch import Tensor
 from recap_fast.model.attention import SDPA, Backend, build_layout
 from recap_fast.model.attention_layout import Segment
 from recap_fast.model.batch import PackedBatch
+from recap_fast.model.upload import upload
 from recap_fast.model.vision import VisionAdapter, VisionError
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.types import ImageInput, Rollout, SupervisedRow
@@ -39,10 +40,10 @@ class PackedUpdate:
         return replace(
             self,
             batches=[batch.to(device) for batch in self.batches],
-            advantages=self.advantages.to(device, non_blocking=True),
-            denominators=self.denominators.to(device, non_blocking=True),
-            kl_denominator=self.kl_denominator.to(device, non_blocking=True),
-            counts=self.counts.to(device, non_blocking=True),
+            advantages=upload(self.advantages, device),
+            denominators=upload(self.denominators, device),
+            kl_denominator=upload(self.kl_denominator, device),
+            counts=upload(self.counts, device),
         )
 
 
