@@ -310,6 +310,8 @@ class Trainer:
             logger.warning("rows used in part: %s: %d", what, count)
         for what, count in self.scorer.failures.items():
             logger.warning("failed rewards: %s: %d", what, count)
+        for what, count in self.scorer.unreadable.items():
+            logger.warning("answers that could not be read, worth 0: %s: %d", what, count)
         for what, text in self.scorer.first_errors.items():
             logger.warning("first error of %s: %s", what, text)
 

@@ -125,4 +125,6 @@ class RewardTable:
     """Rewards of one step. NaN means that the objective is absent from that rollout."""
 
     values: np.ndarray  # [S, K] float32
-    failures: Mapping[str, int] = field(default_factory=dict)  # e.g. {"accuracy/timeout": 2}
+    failures: Mapping[str, int] = field(default_factory=dict)  # absent: e.g. {"mine/timeout": 2}
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+    """Answers that are worth 0 because a built-in reward broke on them, e.g. {"accuracy": 1}."""

@@ -252,13 +252,14 @@ def _rollout_card(sample: dict[str, Any]) -> str:
 def _counter_section(history: RunHistory) -> str:
     """Failures and skipped updates are counted by step, skipped rows since the start."""
     counts: list[tuple[str, int]] = []
-    for key in [*history.keys("failed/"), *history.keys("skipped_updates")]:
-        counts.append((key, int(history.series(key)[1].sum())))
+    for prefix in ("failed/", "unreadable/", "skipped_updates"):
+        counts += [(key, int(history.series(key)[1].sum())) for key in history.keys(prefix)]
     for key in history.keys("skipped/"):
         _, values = history.series(key)
         counts.append((key, int(values[-1]) if len(values) else 0))
     names = {
         "failed": "failed rewards",
+        "unreadable": "answers that could not be read (reward 0)",
         "skipped": "skipped rows",
         "skipped_updates": "updates skipped (gradient not finite)",
     }

@@ -64,6 +64,7 @@ def host_metrics(
     metrics["train/policy_tokens"] = sum(u.num_policy_tokens for u in updates)
     metrics["train/packed_tokens"] = sum(u.num_packed_tokens for u in updates)
     metrics |= {f"failed/{key}": count for key, count in rewards.failures.items()}
+    metrics |= {f"unreadable/{key}": count for key, count in rewards.unreadable.items()}
     metrics |= {f"skipped/{key}": count for key, count in skipped.items()}
     return metrics
 

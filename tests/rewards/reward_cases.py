@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -37,6 +38,9 @@ def misbehave(sample, how="ok"):
         "numpy": np.float32(0.5),
         "numpy_bool": np.bool_(True),
         "int": 3,
+        "array": np.array(0.5),
+        "truth": np.array(True),
+        "coroutine": (0.5 for _ in "x"),
     }.get(what, 0.25)
 
 
@@ -54,3 +58,29 @@ def scaled(sample, *, factor):
 
 
 not_callable = 5
+
+
+async def judge(sample):
+    return 1.0
+
+
+async def judge_twice(sample):
+    yield 1.0
+
+
+def judge_step_by_step(sample):
+    yield 1.0
+
+
+class Judge:
+    async def __call__(self, sample):
+        return 1.0
+
+    async def judge(self, sample, factor):
+        return 1.0
+
+
+judge_object = Judge()
+judge_method = judge_object.judge
+judge_partly = functools.partial(judge_object.judge, factor=1)
+judge_partly_object = functools.partial(judge_object)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
-from recap_fast.rewards.scorer import BUILTIN, RewardError, RewardScorer, resolve
+from recap_fast.rewards.functions import BUILTIN
+from recap_fast.rewards.resolve import RewardError, resolve
+from recap_fast.rewards.scorer import RewardScorer
 from recap_fast.types import Objective, Prompt, Rollout
 
 CASES = "tests.rewards.reward_cases"
@@ -71,6 +73,13 @@ def test_resolve():
         (f"{CASES}:misbehav", "has no 'misbehav'; did you mean 'misbehave'"),
         (f"{CASES}:not_callable", "is int, which cannot be called"),
         (f"{CASES}:scaled", "missing a required argument: 'factor'"),
+        (f"{CASES}:judge", "is async"),
+        (f"{CASES}:judge_twice", "is async"),
+        (f"{CASES}:judge_object", "is async"),
+        (f"{CASES}:judge_method", "is async"),
+        (f"{CASES}:judge_partly", "is async"),
+        (f"{CASES}:judge_partly_object", "is async"),
+        (f"{CASES}:judge_step_by_step", "is a generator"),
         (RewardSpec(function="overlong", parameters={"bufer": 3}), "parameters are: max_length, b"),
         (
             RewardSpec(function="iou", parameters={"units": "percent"}),
@@ -97,7 +106,7 @@ def test_modules_in_the_current_folder_are_found(tmp_path):
     (tmp_path / "my_rewards.py").write_text("def half(sample):\n    return 0.5\n")
     code = (
         "import sys; sys.path.remove('')\n"
-        "from recap_fast.rewards.scorer import resolve\n"
+        "from recap_fast.rewards.resolve import resolve\n"
         "print(resolve('my_rewards:half')[0](None))"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
@@ -182,7 +191,15 @@ def cases():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("true", 1.0), ("numpy", 0.5), ("numpy_bool", 1.0), ("int", 3.0), ("none", np.nan)],
+    [
+        ("true", 1.0),
+        ("numpy", 0.5),
+        ("numpy_bool", 1.0),
+        ("int", 3.0),
+        ("none", np.nan),
+        ("array", 0.5),
+        ("truth", 1.0),
+    ],
 )
 def test_values_that_are_fine(cases, text, value):
     table = cases.score([rollout(text)], 16)
@@ -197,6 +214,7 @@ def test_values_that_are_fine(cases, text, value):
         ("exit", "raised"),
         ("text", "invalid"),
         ("list", "invalid"),
+        ("coroutine", "invalid"),
         ("nan", "invalid"),
         ("inf", "invalid"),
         ("huge", "invalid"),
@@ -262,10 +280,13 @@ def test_rows_that_cannot_be_sent_fail_alone():
 def test_slow_rewards_do_not_time_out_as_a_batch():
     rows = [rollout("")] * 16
     with scorer({"r": f"{CASES}:slow"}, workers=1, timeout=0.6) as scores:
-        jobs = scores._collect(rows, 16).jobs
-        assert {len(batch) for batch in scores._batches(jobs)} == {4}  # 0.8 s
-        table = scores.score(rows, 16)
-        assert {len(batch) for batch in scores._batches(jobs)} == {1}
+        scoring = scores.start(16)
+        scoring.add(rows)
+        assert {len(batch) for batch, _ in scoring._pending.values()} == {4}  # 0.8 s
+        table = scoring.table()
+        scoring = scores.start(16)
+        scoring.add(rows)
+        assert {len(batch) for batch, _ in scoring._pending.values()} == {1}
     assert table.values.min() == 1.0
     assert table.failures == {}
 
@@ -283,7 +304,7 @@ def test_too_many_failures_stop_the_run(failing, stops):
 
 def test_close_does_not_wait_for_hung_workers():
     scores = scorer({"r": f"{CASES}:misbehave"}, timeout=60.0)
-    scores._submit([(0, scores._collect([rollout("hang")], 16).jobs[0][1])])
+    scores.start(16).add([rollout("hang")])
     time.sleep(0.5)
     start = time.perf_counter()
     scores.close()
@@ -304,3 +325,59 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert result.returncode == 1
     last = result.stderr[result.stderr.rindex("RewardError") :].splitlines()[0]
     assert 'needs `if __name__ == "__main__":`' in last
+
+
+# -- a step in progress
+
+
+def test_rollouts_may_come_group_by_group():
+    groups = [[rollout("x" * (3 * group + i)) for i in range(3)] for group in range(5)]
+    spec = RewardSpec(function=f"{CASES}:scaled", parameters={"factor": 1})
+    with scorer({"r": spec, "f": "answer_format"}, ("r", "f")) as scores:
+        scoring = scores.start(16)
+        for group in groups:
+            scoring.add(group)
+        scoring.add([])
+        other = scores.start(16)  # an evaluation, say, while the step goes on
+        other.add(groups[0])
+        table = scoring.table()
+        assert other.table().values[:, 0].tolist() == [0, 1, 2]
+    assert table.values[:, 0].tolist() == list(range(15))
+    assert table.values[:, 1].tolist() == [0] * 15
+    with scorer({"r": spec}) as scores:
+        assert scores.start(16).table().values.shape == (0, 1)
+
+
+def test_workers_begin_before_all_rollouts_are_there():
+    with scorer({"r": f"{CASES}:slow"}, workers=2, timeout=10.0) as scores:
+        scoring = scores.start(16)
+        start = time.perf_counter()
+        scoring.add([rollout("")] * 4)
+        assert time.perf_counter() - start < 0.2
+        deadline = start + 20
+        while not all(future.done() for future in scoring._pending):
+            assert time.perf_counter() < deadline
+            time.sleep(0.05)
+        start = time.perf_counter()
+        assert scoring.table().values.tolist() == [[1.0]] * 4
+        assert time.perf_counter() - start < 0.2  # nothing was left to be waited for
+
+
+def test_failures_are_counted_over_the_whole_step():
+    with scorer({"r": f"{CASES}:misbehave"}, max_failure_fraction=0.5) as scores:
+        scoring = scores.start(16)
+        scoring.add([rollout("raise")] * 2)  # too many of the two, but not of the four
+        scoring.add([rollout("ok")] * 2)
+        assert scoring.table().failures == {"r/raised": 2}
+        with pytest.raises(RewardError, match=r"'r' failed for 6 of 8 rollouts"):
+            scores.score([rollout("raise")] * 6 + [rollout("ok")] * 2, 16)
+
+
+def test_a_pool_that_breaks_under_two_steps_is_replaced_once():
+    with scorer({"r": f"{CASES}:misbehave"}) as scores:
+        steps = [scores.start(16), scores.start(16)]
+        for step in steps:
+            step.add([rollout("ok")] * 4)
+        scores.pool.stop()
+        scores.pool.join()
+        assert [step.table().values.sum() for step in steps] == [1.0, 1.0]
