@@ -247,7 +247,8 @@ class TrainingConfig(_Model):
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per batch of rollouts. Above 1 the sampled log-probs are the old policy's."""
     max_tokens: int = Field(8192, ge=16)
-    """Packed tokens in one forward pass; a step takes as many passes as it needs."""
+    """Packed tokens in one forward pass. A step takes as few passes as it needs, of about equal
+    size; where that saves one they may be 5 % larger, so leave that much memory."""
 
 
 class EvaluationConfig(_Model):

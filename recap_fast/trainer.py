@@ -28,6 +28,7 @@ from recap_fast.config import ConfigError, TrainConfig, save_config
 from recap_fast.data.images import load_image_encoder
 from recap_fast.data.mix import DataStream
 from recap_fast.model.policy import load_policy, load_tokenizer, resolve_model
+from recap_fast.model.upload import upload
 from recap_fast.ops import group_advantages
 from recap_fast.report.metrics import MetricsWriter, ProgressView
 from recap_fast.rewards.scorer import RewardScorer
@@ -43,7 +44,12 @@ from recap_fast.training.checkpoint import (
     save_checkpoint,
 )
 from recap_fast.training.evaluate import Evaluator
-from recap_fast.training.optimization import PolicyOptimizer, combine_stats, learning_rate
+from recap_fast.training.optimization import (
+    PolicyOptimizer,
+    UpdateStats,
+    combine_stats,
+    learning_rate,
+)
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.training.run_folder import clear_folder, lock_folder, prepare_folder
 from recap_fast.training.step_metrics import (
@@ -204,18 +210,13 @@ class Trainer:
             return None
         advantages = self._advantages(rollouts, rewards)
         updates = self._pack(rows, rollouts, advantages)
-        weights = self._reweigh(rewards)
         lr = learning_rate(
             self.step,
             self.config.training.steps,
             self.config.optimizer.learning_rate,
             self.config.optimizer.warmup_fraction,
         )
-        updates = [update.to(self.policy.device) for update in updates]
-        stats = combine_stats(
-            [self.optimizer.step(update, weights, lr) for update in updates], updates
-        )
-        self._losses = torch.where(self._is_supervised, stats.objective_losses, torch.nan)
+        stats = self._learn(updates, rewards, lr)
         from_device = device_metrics(self._names, self.reweighter, stats)
         self.step += 1
         trained = time.perf_counter()
@@ -281,13 +282,28 @@ class Trainer:
             )
         return updates
 
+    def _learn(
+        self, updates: Sequence[PackedUpdate], rewards: RewardTable, lr: float
+    ) -> UpdateStats:
+        """Uploads the step, weighs the objectives and updates the parameters. Nothing in here waits
+        for the device: what comes of it stays there."""
+        weights = self._reweigh(rewards)
+        uploaded = [update.to(self._losses.device) for update in updates]
+        stats = combine_stats(
+            [self.optimizer.step(update, weights, lr) for update in uploaded], uploaded
+        )
+        self._losses = torch.where(self._is_supervised, stats.objective_losses, torch.nan)
+        return stats
+
     def _reweigh(self, rewards: RewardTable) -> Tensor:
         """lambda [K] for this step, from its rewards and from the losses of the step before."""
-        means = torch.from_numpy(column_means(rewards.values))
-        values = means.to(self._losses.device, non_blocking=True)
-        values = torch.where(self._is_supervised, self._losses, values)
-        deviations = torch.from_numpy(column_deviations(rewards.values))
-        return self.reweighter.update(values, deviations=deviations.to(self._losses.device))
+        device = self._losses.device
+        means = upload(torch.from_numpy(column_means(rewards.values)), device)
+        values = torch.where(self._is_supervised, self._losses, means)
+        deviations = None
+        if self.reweighter.reads_deviations:
+            deviations = upload(torch.from_numpy(column_deviations(rewards.values)), device)
+        return self.reweighter.update(values, deviations=deviations)
 
     def _log(self, view: ProgressView, row: Mapping[str, Any]) -> None:
         self.metrics.write(row)

@@ -40,6 +40,11 @@ SYNCING_METHODS = {
 }
 
 
+# Functions that copy Python's numbers to the device that they are given, and wait for it. The
+# dispatcher does not see them either.
+UPLOADING_FUNCTIONS = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
 class HostSyncError(AssertionError):
     """Raised at the offending call, so that the traceback names its line."""
 
@@ -48,17 +53,19 @@ class ForbidHostSync:
     """Raise `HostSyncError` on host syncs while the context is open.
 
     Caught on any device: `.item()` and what calls it, `.tolist()`, `.numpy()`, `.cpu()`, `repr`,
-    indexing with a bool mask (read or written), outputs shaped by values, and copies from
-    `device` to any other. On CUDA torch's own sync debug mode is set to "error" as well. Not
-    caught: `torch.cuda.synchronize()` and waiting on events.
+    indexing with a bool mask (read or written), outputs shaped by values, copies from `device` to
+    any other, and copies of numbers or tensors to it that wait. Copies of tensors show only where
+    `device` is not the CPU: "meta" stands in for a device where none is. On CUDA torch's own sync
+    debug mode is set to "error" as well. Not caught: `torch.cuda.synchronize()` and waiting on
+    events.
 
     Args:
-        device: what must not be left; copies *to* it from elsewhere are allowed.
+        device: what must not be left.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._modes = (_ForbidMethods(), _ForbidOperators(self.device))
+        self._modes = (_ForbidMethods(self.device), _ForbidOperators(self.device))
 
     def __enter__(self) -> ForbidHostSync:
         for mode in self._modes:
@@ -92,11 +99,22 @@ class DispatchModeInside(TorchDispatchMode):
 
 
 class _ForbidMethods(TorchFunctionMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in SYNCING_METHODS:
             raise HostSyncError(f"Tensor.{function.__name__} waits for the device")
+        target = None
+        if function is torch.Tensor.new_tensor:
+            target = args[0].device
+        elif function in UPLOADING_FUNCTIONS and not isinstance(args[0], torch.Tensor):
+            target = (kwargs or {}).get("device")
+        if target is not None and torch.device(target).type == self.device.type:
+            raise HostSyncError(f"{function.__name__} copies numbers to {target} and waits for it")
         return function(*args, **(kwargs or {}))
 
 
@@ -124,8 +142,15 @@ class _ForbidOperators(DispatchModeInside):
 
     def _check_copy(self, operator: Any, args: Any, kwargs: Any) -> None:
         if operator.overloadpacket is aten._to_copy:
-            source, target = args[0].device, kwargs.get("device") or args[0].device
+            source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+            waits = not kwargs.get("non_blocking")
         else:
             source, target = args[1].device, args[0].device
-        if source.type == self.device.type and torch.device(target).type != source.type:
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        kinds = (source.type, target.type)
+        if kinds[0] == kinds[1] or self.device.type not in kinds:
+            return
+        if kinds[0] == self.device.type:
             raise HostSyncError(f"{operator} copies from {source} to {target}")
+        if waits:
+            raise HostSyncError(f"{operator} copies from {source} to {target} and waits for it")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from recap_fast.model.attention_layout import AttentionLayout, Segment
 from recap_fast.model.attention_padded import build_padded
-from recap_fast.model.moving import to_device
+from recap_fast.model.upload import to_device
 
 IMPLEMENTATION = "recap_packed"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from recap_fast.model.attention_layout import Segment
-from recap_fast.model.moving import to_device
+from recap_fast.model.upload import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.model.attention_layout import AttentionLayout
-from recap_fast.model.moving import to_device
+from recap_fast.model.upload import to_device
 from recap_fast.model.vision import PackedImages
 
 

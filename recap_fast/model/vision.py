@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recap_fast.model.attention import SDPA, Backend, build_layout
 from recap_fast.model.attention_layout import AttentionLayout, Segment
+from recap_fast.model.upload import upload
 from recap_fast.types import ImageInput, UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class PackedImages:
         """The same on a device. Nothing waits for it."""
 
         def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return upload(value, device) if isinstance(value, Tensor) else value
 
         return replace(
             self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from recap_fast.rewards.dates import read_moment
-from recap_fast.rewards.formulas import is_formula, proportional, same_formula, to_latex
+from recap_fast.rewards.formulas import proportional, same_formula, to_latex
 from recap_fast.rewards.notation import SET_CLOSE, SET_OPEN, clean, enclosed, split_top, words
 from recap_fast.rewards.numbers import is_integer, read_number, same_number
 
@@ -350,7 +350,7 @@ def _interval(relation: Shape) -> str | None:
         return None
     is_name: Callable[[str], bool] = lambda text: (
         re.fullmatch(r"[A-Za-z]|\\[a-z]+", text) is not None
-    )  # noqa: E731
+    )
     if len(parts) == 3 and is_name(parts[1]):
         (low, _, high), (left, right) = parts, signs
         if left in (">", "ge") and right in (">", "ge"):

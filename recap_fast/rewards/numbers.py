@@ -221,8 +221,41 @@ _SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
 _NOT_IN_UNITS = set(
-    "or and not but to than less more fewer if maybe plus minus over times divided nor either isn "
-    "is are was wrong no never except x y z i e am pm".split()
+    [
+        "or",
+        "and",
+        "not",
+        "but",
+        "to",
+        "than",
+        "less",
+        "more",
+        "fewer",
+        "if",
+        "maybe",
+        "plus",
+        "minus",
+        "over",
+        "times",
+        "divided",
+        "nor",
+        "either",
+        "isn",
+        "is",
+        "are",
+        "was",
+        "wrong",
+        "no",
+        "never",
+        "except",
+        "x",
+        "y",
+        "z",
+        "i",
+        "e",
+        "am",
+        "pm",
+    ]
 )
 _UNIT_TOKEN = re.compile(
     r"[^\W\d_]+(?:'s)?|\^\{?\(?-?\d\)?\}?|\^\\circ|\^\{\\circ\}|[%$€£¥₹₩¢/·\"′″]|\\[A-Za-z]+"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class Reweighter(ABC):
         ValueError: an argument outside its range.
     """
 
+    reads_deviations: ClassVar[bool] = False
+    """Whether `update` makes use of `deviations`."""
+
     def __init__(
         self,
         num_objectives: int,
@@ -75,7 +78,7 @@ class Reweighter(ABC):
             present: [K] bool, which objectives the step had; None: all. An absent objective, and
                 one whose value is NaN or infinite, leaves its state as it was.
             deviations: [K] floating, standard deviation of each objective over the step's
-                samples. Only "saw" reads it.
+                samples. Only methods with `reads_deviations` ("saw") read it.
 
         Returns:
             [K] float32, mean 1: a copy of `weights`, which later updates do not overwrite.

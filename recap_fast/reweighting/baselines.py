@@ -45,14 +45,14 @@ class StaticReweighter(Reweighter):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_objectives, signals, device)
-        fixed = torch.as_tensor(weights, dtype=torch.float64, device=self.device)
+        fixed = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         valid = fixed.shape == (num_objectives,) and bool((fixed.isfinite() & (fixed >= 0)).all())
         if not valid or not bool(fixed.any()):
             raise ValueError(
                 f"weights must be {num_objectives} finite numbers >= 0, one of them above 0, "
                 f"got {fixed.tolist()}"
             )
-        self._logits = fixed.log()
+        self._logits = fixed.log().to(self.device)
         self.weights.copy_(fixed / fixed.mean())
 
     def _score(
@@ -315,6 +315,7 @@ class SawReweighter(WindowedReweighter):
         window: W, in values of the objective; at least 2.
     """
 
+    reads_deviations = True
     _MIN_COEFFICIENT = 1e-8  # keeps the logarithm finite
 
     def __init__(

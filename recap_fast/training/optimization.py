@@ -7,7 +7,8 @@ tensors, for the one copy after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,8 +41,14 @@ def combine_stats(stats: Sequence[UpdateStats], updates: Sequence[PackedUpdate])
     if len(stats) == 1:
         return stats[0]
     counts = torch.stack([update.counts for update in updates])  # [U, K]
-    tokens = counts.new_tensor([update.num_policy_tokens for update in updates])
-    trained = counts.new_tensor([bool(update.batches) for update in updates])
+    device = counts.device
+
+    def per_update(values: Iterable[float]) -> Tensor:
+        # Filled on the device: a list would be copied there, which waits.
+        return torch.stack([torch.full((), float(value), device=device) for value in values])
+
+    tokens = per_update(update.num_policy_tokens for update in updates)
+    trained = per_update(bool(update.batches) for update in updates)
 
     def mean(name: str, weights: Tensor) -> Tensor:
         values = torch.stack([getattr(item, name) for item in stats])
@@ -84,6 +91,8 @@ class PolicyOptimizer:
         self._is_off_policy = config.training.updates_per_rollout > 1
         self._num_objectives = len(config.objectives)
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        tower = [] if policy.vision is None else policy.vision.tower.parameters()
+        self._tower = [p for p in tower if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.optimizer.learning_rate,
@@ -107,8 +116,31 @@ class PolicyOptimizer:
         stats.clip_fraction /= clippable.clamp(min=1.0)
         stats.objective_losses = torch.where(update.counts > 0, stats.objective_losses, torch.nan)
         if update.batches:
-            self._apply(lr, stats)
+            with self._without_idle_tower(update):
+                self._apply(lr, stats)
         return stats
+
+    @contextmanager
+    def _without_idle_tower(self, update: PackedUpdate) -> Iterator[None]:
+        """Takes the gradients of a vision tower that had no images away from AdamW, whose momentum
+        would move the tower on: the buffers hold zeros, which are not "no gradient"."""
+        idle = [] if any(batch.images is not None for batch in update.batches) else self._tower
+        buffers = [parameter.grad for parameter in idle]
+        for parameter in idle:
+            parameter.grad = None
+        yield
+        for parameter, buffer in zip(idle, buffers, strict=True):
+            parameter.grad = buffer
+
+    def _head_gradient(self) -> Tensor | None:
+        """Where the loss adds the gradient of the head, [V, H] float32; None for a frozen head.
+
+        A tied head's is the embedding's too, and autograd adds that part.
+        """
+        weight = self.policy.head.weight
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
 
     def _accumulate(
         self,
@@ -133,6 +165,7 @@ class PolicyOptimizer:
             bias=head.bias,
             denominators=update.denominators,
             kl_denominator=update.kl_denominator,
+            weight_grad=self._head_gradient(),
             config=replace(self.loss_config, logit_softcap=head.softcap),
         )
         output.loss.backward()
@@ -181,7 +214,8 @@ class PolicyOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # Buffers stay: freed and made again beside batches of other sizes they fragment memory.
+        self.optimizer.zero_grad(set_to_none=False)
 
     def _zero_stats(self, update: PackedUpdate) -> UpdateStats:
         device = update.advantages.device

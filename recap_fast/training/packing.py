@@ -18,10 +18,13 @@ from torch import Tensor
 from recap_fast.model.attention import SDPA, Backend, build_layout
 from recap_fast.model.attention_layout import Segment
 from recap_fast.model.batch import PackedBatch
-from recap_fast.model.moving import to_device
+from recap_fast.model.upload import to_device
 from recap_fast.model.vision import VisionAdapter, VisionError
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.types import ImageInput, Rollout, SupervisedRow
+
+MAX_OVERFILL = 1.05
+"""A pass may have this many times `max_tokens` where the step then needs one pass less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ def pack_update(
     Args:
         advantages: [S, K] float32 of the rollouts, NaN where the objective is absent.
         supervised_objectives: for each supervised row the objective its tokens belong to.
-        max_tokens: packed tokens in one batch at most.
+        max_tokens: packed tokens in one batch at most, or `MAX_OVERFILL` times as many where that
+            saves a batch.
         share_prefixes: whether rollouts of a group share their prompt's tokens.
         attention: what the batches are laid out for; all models that run them must be able to.
         vision: the model's adapter, if it has one.
@@ -148,28 +152,78 @@ def _counts(
     return counts
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Packed tokens of any run of consecutive sequences. A run repeats its first group's prompt."""
+
+    alone: list[int]  # of each sequence by itself
+    starts: list[int]  # of sequence i when all are packed end to end; one entry more, the end
+    extra: list[
+        int
+    ]  # prompt tokens that a run starting at sequence i packs once more; 0 at the end
+
+    @classmethod
+    def of(cls, sequences: Sequence[_Sequence], share_prefixes: bool) -> _Sizes:
+        alone, starts, extra = [], [0], []
+        group = -1
+        for sequence in sequences:
+            prompt = len(sequence.prompt)
+            alone.append(prompt + len(sequence.completion) - 1)
+            shares = share_prefixes and sequence.group >= 0 and sequence.group == group
+            extra.append(prompt if shares else 0)
+            starts.append(starts[-1] + alone[-1] - extra[-1])
+            group = sequence.group
+        return cls(alone, starts, [*extra, 0])
+
+    def run(self, start: int, stop: int) -> int:
+        return self.starts[stop] - self.starts[start] + self.extra[start]
+
+    def fullest(self, limit: float) -> list[int]:
+        """For each sequence, where the longest run from it ends that stays within `limit`."""
+        stops, stop = [], 0
+        for start in range(len(self.alone)):
+            while stop < len(self.alone) and self.run(start, stop + 1) <= limit:
+                stop += 1
+            stops.append(stop)
+        return stops
+
+
+def _fewest(stops: Sequence[int]) -> list[int]:
+    """For each sequence, how many passes it and all after it need, given `_Sizes.fullest`."""
+    passes = [0] * (len(stops) + 1)
+    for start in reversed(range(len(stops))):
+        passes[start] = 1 + passes[stops[start]]
+    return passes
+
+
 def _split(
     sequences: Sequence[_Sequence], max_tokens: int, share_prefixes: bool
-) -> Iterator[list[_Sequence]]:
-    """Greedy, in order, so that a group stays together as far as it fits."""
-    chunk: list[_Sequence] = []
-    used, group = 0, -1
-    for sequence in sequences:
-        alone = len(sequence.prompt) + len(sequence.completion) - 1
-        shares = share_prefixes and sequence.group >= 0 and sequence.group == group
-        cost = len(sequence.completion) - 1 if shares else alone
-        if alone > max_tokens:
-            raise ValueError(
-                f"one sequence has {alone} tokens, training.max_tokens is {max_tokens}"
-            )
-        if chunk and used + cost > max_tokens:
-            yield chunk
-            chunk, used, cost = [], 0, alone
-        chunk.append(sequence)
-        used += cost
-        group = sequence.group
-    if chunk:
-        yield chunk
+) -> Iterator[Sequence[_Sequence]]:
+    """As few passes as there can be, of about equal size, in order.
+
+    A group is parted only where that is worth more tokens of balance than its prompt has.
+    """
+    sizes = _Sizes.of(sequences, share_prefixes)
+    if max(sizes.alone, default=0) > max_tokens:
+        raise ValueError(
+            f"one sequence has {max(sizes.alone)} tokens, training.max_tokens is {max_tokens}"
+        )
+    stops = sizes.fullest(max_tokens)
+    needed = _fewest(stops)
+    # A pass reads and adds up to all weights' gradients: one less is worth a little memory.
+    stretched = sizes.fullest(max_tokens * MAX_OVERFILL)
+    needed_stretched = _fewest(stretched)
+    if needed_stretched[0] < needed[0]:
+        stops, needed = stretched, needed_stretched
+    start = 0
+    for left in reversed(range(needed[0])):
+        # Where the passes that are left can take the rest.
+        ends = [end for end in range(start + 1, stops[start] + 1) if needed[end] <= left]
+        wanted = sizes.run(start, len(sequences)) / (left + 1)
+        costs = [abs(sizes.run(start, end) - wanted) + sizes.extra[end] for end in ends]
+        end = ends[costs.index(min(costs))]
+        yield sequences[start:end]
+        start = end
 
 
 def _pack(

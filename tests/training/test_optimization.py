@@ -10,10 +10,19 @@ import torch
 from recap_fast.model.policy import Policy
 from recap_fast.ops import fused_linear_policy_loss, logprobs, policy_loss
 from recap_fast.ops.launch import recording
+from recap_fast.training import optimization
 from recap_fast.training.optimization import PolicyOptimizer, learning_rate
 from recap_fast.training.packing import PackedUpdate, pack_update
+from recap_fast.types import SupervisedRow
 from tests.no_sync import ForbidHostSync
-from tests.tiny import tiny_config, tiny_llama, tiny_policy
+from tests.tiny import (
+    image_tokens,
+    packed_vision_model,
+    tiny_config,
+    tiny_image,
+    tiny_llama,
+    tiny_policy,
+)
 from tests.training.test_packing import make_rows
 
 
@@ -135,6 +144,76 @@ def test_clipping_and_step_equal_plain_torch(config):
     torch.testing.assert_close(stats.grad_norm, norm, rtol=1e-4, atol=1e-6)
     for ours, expected in zip(parameters(policy), parameters(plain), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_gradient_goes_into_its_buffer(config, monkeypatch, tied, dtype):
+    """Summed over passes, it is what autograd sums when the loss hands it over."""
+    update = make_update(config, max_tokens=60)
+    assert len(update.batches) > 1
+    weights = torch.tensor([0.5, 1.5, 1.0])
+
+    def through_autograd(*args, weight_grad, **kwargs):
+        return fused_linear_policy_loss(*args, **kwargs)
+
+    gradients = []
+    for loss in (fused_linear_policy_loss, through_autograd):
+        monkeypatch.setattr(optimization, "fused_linear_policy_loss", loss)
+        policy = tiny_policy(tied=tied, dtype=dtype)
+        optimizer = PolicyOptimizer(policy, None, config)
+        monkeypatch.setattr(optimizer, "_apply", lambda lr, stats: None)
+        optimizer.step(update, weights, 1e-3)
+        gradients.append({n: p.grad for n, p in policy.model.named_parameters()})
+    assert ("lm_head.weight" in gradients[0]) is not tied
+    # One float32 sum over all passes here, a bfloat16 product for each pass there.
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    for name, ours in gradients[0].items():
+        assert (ours - gradients[1][name]).norm() <= tolerance * gradients[1][name].norm(), name
+
+
+def test_a_frozen_head_gets_no_gradient(config):
+    policy = tiny_policy(tied=False)
+    policy.head.weight.requires_grad_(False)
+    before = policy.head.weight.clone()
+    PolicyOptimizer(policy, None, config).step(make_update(config), torch.ones(3), 1e-3)
+    assert policy.head.weight.grad is None
+    assert torch.equal(policy.head.weight, before)
+
+
+def test_gradients_keep_their_buffers(config):
+    """From the first step on, whatever the batches; a gradient that was not finite leaves none."""
+    policy = tiny_policy()
+    optimizer = PolicyOptimizer(policy, None, config)
+    places = []
+    for seed, weight in ((3, 1.0), (4, math.nan), (5, 1.0)):
+        optimizer.step(make_update(config, seed=seed), torch.tensor([weight, 1.0, 1.0]), 1e-3)
+        assert all(p.grad.count_nonzero() == 0 for p in optimizer.parameters)
+        places.append([p.grad.data_ptr() for p in optimizer.parameters])
+    assert places[0] == places[1] == places[2]
+
+
+def test_trained_tower_rests_while_there_are_no_images(config):
+    """Momentum must not move it on, in a run that was resumed meanwhile or was not."""
+    model = packed_vision_model("qwen2_5_vl")
+    policy = Policy(model, torch.float32)
+    tower = list(policy.vision.tower.parameters())
+    optimizer = PolicyOptimizer(policy, None, config)
+    rng = np.random.default_rng(0)
+    row = [5, *image_tokens(image := tiny_image(rng, 2, 2)), 7, 8, 9]
+    with_image = [SupervisedRow("replay", 0, row, len(row) - 2, (image,))]
+    without = [SupervisedRow("replay", 1, [5, 7, 8, 9], 2)]
+    steps = []
+    for rows in (with_image, without, with_image):
+        update = pack_update(
+            [], np.empty((0, 3), np.float32), rows, [2],
+            config=config.loss, max_tokens=1000, vision=policy.vision,
+        )  # fmt: skip
+        before = [p.detach().clone() for p in tower]
+        optimizer.step(update, torch.ones(3), 1e-2)
+        moved = [not torch.equal(a, b) for a, b in zip(before, tower, strict=True)]
+        steps.append((any(moved), optimizer.optimizer.state[tower[0]]["step"].item()))
+    assert steps == [(True, 1), (False, 1), (True, 2)]
 
 
 def test_large_gradients_are_clipped(config):

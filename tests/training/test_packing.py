@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.training_step import WORKLOADS, make_config, make_update
 from recap_fast.ops.loss_config import PolicyLossConfig
-from recap_fast.training.packing import pack_update
+from recap_fast.training.packing import MAX_OVERFILL, PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout, SupervisedRow
 from tests.tiny import VOCAB, tiny_policy
 
@@ -80,7 +81,7 @@ def test_packed_equals_one_at_a_time(share_prefixes, seed, groups, size, supervi
     packed, targets = run_packed(policy, update)
     assert torch.equal(targets, expected_targets)
     torch.testing.assert_close(packed, expected, atol=2e-5, rtol=1e-5)
-    assert all(len(batch.input_ids) <= max_tokens for batch in update.batches)
+    assert all(len(batch.input_ids) <= max_tokens * MAX_OVERFILL for batch in update.batches)
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
@@ -104,6 +105,82 @@ def test_packed_gradients_equal_one_at_a_time(share_prefixes):
     assert len(gradients[0]) == len(gradients[1]) > 10
     for expected, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
+
+
+def passes_of(update: PackedUpdate) -> list[int]:
+    return [len(batch.input_ids) for batch in update.batches]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    groups=st.integers(0, 3),
+    size=st.integers(1, 3),
+    supervised=st.integers(0, 2),
+    longest=st.integers(3, 40),
+    room=st.floats(1, 4),
+    share_prefixes=st.booleans(),
+)
+def test_passes_are_few_and_of_equal_size(
+    seed, groups, size, supervised, longest, room, share_prefixes
+):
+    rollouts, advantages, rows = make_rows(seed, groups, size, supervised, longest)
+    if not rollouts and not rows:
+        return
+
+    def pack(start: int, stop: int, max_tokens: int) -> PackedUpdate:
+        """Of the sequences from `start` to `stop`, rollouts before supervised rows."""
+        mine = rows[max(0, start - len(rollouts)) : max(0, stop - len(rollouts))]
+        return pack_update(
+            rollouts[start:stop], advantages[start:stop], mine, [2] * len(mine),
+            config=PolicyLossConfig(), max_tokens=max_tokens, share_prefixes=share_prefixes,
+        )  # fmt: skip
+
+    count = len(rollouts) + len(rows)
+    largest = max(passes_of(pack(i, i + 1, 1000))[0] for i in range(count))
+    max_tokens = int(room * largest)
+    sizes = passes_of(pack(0, count, max_tokens))
+    assert max(sizes) <= max_tokens * MAX_OVERFILL
+    assert max(sizes) - min(sizes) <= 2 * largest
+    # The fewest runs of consecutive sequences, by trying them all.
+    fewest = [0] * (count + 1)
+    for start in reversed(range(count)):
+        stops = range(start + 1, count + 1)
+        fits = [b for b in stops if passes_of(pack(start, b, 1000))[0] <= max_tokens * MAX_OVERFILL]
+        fewest[start] = 1 + min(fewest[stop] for stop in fits)
+    assert len(sizes) == fewest[0]
+
+
+def test_no_pass_is_left_with_a_tail():
+    """8 prompts of 64 tokens, 8 rollouts of 512 each, 16384 tokens a pass: filling one pass after
+    the other makes 16097, 16161 and 1086."""
+    update = make_update(WORKLOADS["gpu"], make_config(WORKLOADS["gpu"]), torch.device("cpu"))
+    assert passes_of(update) == [16608, 16608]
+
+
+def test_a_pass_is_larger_than_asked_only_where_that_saves_one():
+    def sizes(lengths: list[int]) -> list[int]:
+        rows = [SupervisedRow("s", i, [1] * (n + 1), 1) for i, n in enumerate(lengths)]
+        update = pack_update(
+            [], np.empty((0, 1), np.float32), rows, [0] * len(rows),
+            config=PolicyLossConfig(), max_tokens=100,
+        )  # fmt: skip
+        return passes_of(update)
+
+    assert sizes([52, 53]) == [105]
+    assert sizes([53, 53]) == [53, 53]
+    assert sizes([52, 53, 60]) == [105, 60]
+    assert sizes([40, 40, 20, 40, 40]) == [80, 100]
+
+
+def test_groups_with_long_prompts_stay_together():
+    rollouts = []
+    for group in range(4):
+        prompt = Prompt("source", group, [1] * 50, "", None, {})
+        rollouts += [Rollout(prompt, group, [1] * 11, [0.0] * 11, "stop", "")] * 3
+    advantages = np.ones((12, 1), np.float32)
+    update = pack_update(rollouts, advantages, [], [], config=PolicyLossConfig(), max_tokens=250)
+    assert passes_of(update) == [160, 160]  # 2 groups each: 2 * (50 + 3 * 10)
 
 
 def test_no_leak_between_sequences():
