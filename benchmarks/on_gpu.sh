@@ -53,10 +53,12 @@ if [[ -n "${WHEELS:-}" ]]; then
 fi
 
 # As torch names it: a machine may have no nvidia-smi.
-device="$("$PYTHON" -c 'import torch
+device_name() {
+  "$PYTHON" -c 'import torch
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")' |
-  tail -n 1 | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')"
-results="${OUT:-benchmarks/results/$device}"
+    tail -n 1 | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-'
+}
+results="${OUT:-benchmarks/results/$(device_name)}"
 mkdir -p "$results"
 
 status=0

