@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -42,11 +43,13 @@ def test_kernels_import(from_root: bool, tmp_path: Path) -> None:
 def test_transformers_sees_the_same_kernels_package_everywhere(tmp_path: Path) -> None:
     code = (
         "from transformers.utils import is_kernels_available as available; "
-        "import importlib.metadata as m; "
+        "import importlib, importlib.metadata as m, os; "
+        "print(available(), any(m.distributions(name='kernels'))); "
+        f"os.chdir({str(ROOT)!r}); importlib.invalidate_caches(); available.cache_clear(); "
         "print(available(), any(m.distributions(name='kernels')))"
     )
-    elsewhere = run_python(code, tmp_path)
-    assert run_python(code, ROOT) == elsewhere
+    elsewhere, at_root = run_python(code, tmp_path).splitlines()
+    assert at_root == elsewhere
     available, installed = elsewhere.split()
     assert installed == "True" or available == "False"
 
@@ -128,5 +131,28 @@ def test_set_up_pins_every_requirement_within_its_range() -> None:
     assert {"", "vllm", "vllm-cpu", "bench", "dev"} <= set(requirements)
     for extra in ("", "bench", "dev"):
         for wanted in requirements[extra]:
-            pin = pins[re.sub("[-_.]+", "-", wanted.name).lower()]
+            pin = pins[re.sub("[-_.]+", "-", wanted.name).lower()].removesuffix(".*")
             assert wanted.specifier.contains(pin), f"{wanted} is pinned to {pin}"
+
+
+def test_set_up_installs_a_vllm_that_the_extras_allow() -> None:
+    script = (ROOT / "tools/setup_venv.sh").read_text(encoding="utf-8")
+    (release,) = re.findall(r"^VLLM_VERSION=(\S+)$", script, re.M)
+    (torch,) = re.findall(r"^TORCH=torch==(\S+)$", script, re.M)
+    extras = _requirements()
+    for extra in ("vllm", "vllm-cpu"):
+        engine = next(wanted for wanted in extras[extra] if wanted.name == extra)
+        assert engine.specifier.contains(release), f"{engine} against {release}"
+    assert next(w for w in extras[""] if w.name == "torch").specifier.contains(torch)
+
+
+def test_our_ceiling_of_transformers_is_that_of_the_installed_vllm() -> None:
+    """The extra may not promise what vLLM refuses. Without vLLM there is nothing to compare."""
+    try:
+        lines = importlib.metadata.requires("vllm-cpu") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("vllm-cpu is not installed")
+    theirs = next(w for w in map(Requirement, lines) if w.name == "transformers").specifier
+    ours = next(w for w in _requirements()["vllm-cpu"] if w.name == "transformers").specifier
+    releases = [f"5.{minor}.{patch}" for minor in range(40) for patch in range(4)]
+    assert list(ours.filter(releases)) == list(theirs.filter(releases))

@@ -54,7 +54,13 @@ def test_the_truth_is_what_autograd_finds_in_float64():
     torch.testing.assert_close(truth.d_weight, weight.grad)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "torch.compile" in name else ())
+        for name in RUNNABLE
+    ],
+)
 def test_adapters_compute_the_same_step(name):
     inputs = Inputs.random(TINY)
     step = RUNNABLE[name].build(inputs)

@@ -105,6 +105,7 @@ def test_built_in_model_without_its_wheel(monkeypatch, tmp_path):
         resolve_model(SMOLLM2)
 
 
+@pytest.mark.slow
 def test_built_in_model_speaks():
     """The converted SmolLM2 is the real thing: it answers a question greedily and correctly."""
     pytest.importorskip("gguf")

@@ -13,6 +13,7 @@ from recap_fast.data.images import load_image_encoder
 from recap_fast.data.mix import DataStream
 from recap_fast.data.prompts import TEMPLATES
 from recap_fast.model.policy import ModelError, load_policy, load_tokenizer
+from recap_fast.reproduce import digits
 from recap_fast.reproduce.digits import (
     BaseSettings,
     base_scores,
@@ -22,6 +23,8 @@ from recap_fast.reproduce.digits import (
     save_untrained,
 )
 from recap_fast.reproduce.experiment import ExperimentSettings, run_config
+from recap_fast.trainer import Trainer
+from tests.reproduce.train_here import train_here
 
 SILENT = Console(quiet=True)
 TINY = BaseSettings(
@@ -84,6 +87,7 @@ def test_a_canvas_is_32_image_tokens_of_a_qwen2_5_vl(untrained, tmp_path):
 
 def test_a_base_is_built_once_scored_and_trainable(tmp_path, monkeypatch):
     monkeypatch.setenv("RECAP_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digits, "run_grid", train_here)
     experiment = ExperimentSettings(
         base=TINY, steps=1, batch_size=3, group_size=2, held_out=2, evaluate_every=0
     )
@@ -101,8 +105,6 @@ def test_a_base_is_built_once_scored_and_trainable(tmp_path, monkeypatch):
     assert ensure_base(TINY, evaluation, SILENT) == base
     assert (base / "scores.json").stat().st_mtime_ns == written
     assert replace(TINY, steps=3).folder != base
-
-    from recap_fast.trainer import Trainer
 
     trainer = Trainer(run_config(experiment, base, tmp_path, "recap", 0))
     try:

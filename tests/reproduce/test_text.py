@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from recap_fast.reproduce import text
 from recap_fast.reproduce.grid import Cell
-from recap_fast.trainer import Trainer
+from tests.reproduce.train_here import train_here
 from tests.tiny import save_tiny_model
 
 
@@ -66,15 +64,6 @@ def test_the_table_has_the_scores_before_and_after(tmp_path) -> None:
 
 def scores(step: int, seed: int) -> dict[str, float]:
     return dict.fromkeys(text.SCORES.values(), 0.25 if step == 0 else 0.5 + seed / 4)
-
-
-def train_here(cells: Sequence[Cell], jobs: int, console: Console) -> None:
-    """Stands in for `run_grid`, whose processes take seconds to start."""
-    for cell in cells:
-        if not cell.is_finished:
-            trainer = Trainer(cell.config)
-            trainer.train()
-            trainer.close()
 
 
 def test_the_experiment_runs_and_goes_on(tmp_path: Path, model, monkeypatch) -> None:
