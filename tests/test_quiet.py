@@ -11,6 +11,7 @@ import pytest
 
 from recap_fast.quiet import quieten
 
+ROOT = Path(__file__).resolve().parent.parent
 REMARK = 'x = 1\nif x is "{name}":\n    pass\n'  # a SyntaxWarning when it is compiled
 SCRIPT = """
 from recap_fast.quiet import quieten
@@ -38,7 +39,7 @@ def run_script(tmp_path: Path):
     def run(**variables: str) -> str:
         own = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "LD_PRELOAD")}
         own = {k: v for k, v in own.items() if not k.startswith("VLLM_")}
-        paths = os.pathsep.join([str(Path.cwd()), str(installed), str(tmp_path)])
+        paths = os.pathsep.join([str(ROOT), str(installed), str(tmp_path)])
         done = subprocess.run(
             [sys.executable, "-B", "-c", SCRIPT], capture_output=True, text=True, check=True,
             env=own | {"PYTHONPATH": paths} | variables,
