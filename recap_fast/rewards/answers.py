@@ -10,7 +10,7 @@ from typing import Any
 
 from recap_fast.rewards.commitment import claims, commitments, extract_answer, only_number, unboxed
 from recap_fast.rewards.equality import same
-from recap_fast.rewards.notation import clean
+from recap_fast.rewards.notation import clean_lines
 from recap_fast.rewards.numbers import is_unit, read_number
 from recap_fast.rewards.options import names_right_options, read_options, right_options
 from recap_fast.rewards.unreadable import Unreadable, describe
@@ -109,7 +109,7 @@ def _true_answer(text: str) -> str:
 def _is_right(answer: str, truth: str) -> bool:
     if same(answer, truth):
         return True
-    cleaned = clean(answer)
+    cleaned = clean_lines(answer)
     if any(same(claim, truth) for claim in claims(cleaned)):
         return True
     if read_number(truth, strict=True) is None:

@@ -21,10 +21,15 @@ _MOST_DIGITS = 60  # of a number
 _DEEPEST = 12  # brackets in brackets
 
 _COMMANDS = set(
-    "frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp times "
-    "cdot div infty circ alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi "
-    "omega psi chi eta kappa xi zeta Delta Omega Phi Sigma Theta overline bar vec hat prime lvert "
-    "rvert vert mathbb to ast star min max lfloor rfloor lceil rceil".split()
+    re.findall(
+        r"\w+",
+        """
+        frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp
+        times cdot div infty circ alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau
+        phi varphi omega psi chi eta kappa xi zeta Delta Omega Phi Sigma Theta overline bar vec hat
+        prime lvert rvert vert mathbb to ast star min max lfloor rfloor lceil rceil
+        """,
+    )
 )
 _FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi|theta"
