@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -106,7 +107,12 @@ def _true_answer(text: str) -> str:
     return text
 
 
+_PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
 def _is_right(answer: str, truth: str) -> bool:
+    if _PLAIN_INTEGER.fullmatch(answer) and _PLAIN_INTEGER.fullmatch(truth):
+        return int(answer) == int(truth)  # the most frequent case, at no cost
     if same(answer, truth):
         return True
     cleaned = clean_lines(answer)

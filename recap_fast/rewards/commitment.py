@@ -128,7 +128,7 @@ _RETRACTION = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(
-    r"\b(?:answer|option|choice|solution|result)\b[^.=:\n]{0,60}?"
+    r"\b(?:answer|option|choice|solution|result)\b[^.,=:\n]{0,60}?"
     r"(?:\b(?:is|are|be)\b\s*:?|[:=])\s*(?=\S)",
     re.IGNORECASE,
 )
