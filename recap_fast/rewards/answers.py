@@ -13,7 +13,7 @@ from recap_fast.rewards.commitment import claims, commitments, extract_answer, o
 from recap_fast.rewards.equality import same
 from recap_fast.rewards.notation import clean_lines
 from recap_fast.rewards.numbers import is_unit, read_number
-from recap_fast.rewards.options import names_right_options, read_options, right_options
+from recap_fast.rewards.options import Options, names_right_options, read_options, right_options
 from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import RewardSample
 
@@ -43,28 +43,18 @@ def accuracy(
         ValueError, TypeError, KeyError: the truth or the options are not of that form.
     """
     options = None if choices is None else sample.entry[choices]
-    if options is not None and not (isinstance(options, list | tuple | dict) and not options):
+    known, right, truths = None, frozenset[int](), list[str]()
+    if options is None or options in ([], (), {}):
+        truths = read_truths(sample.answer)
+    else:
         known = read_options(options)
         right = right_options(sample.answer, known)
-    else:
-        known, right = None, frozenset()
-        truths = read_truths(sample.answer)
     completion = "<think>" + sample.completion if prompt_opens_think else sample.completion
     try:
         found = commitments(completion)
-        answers = [found] if len(found) < 2 else [found, [", ".join(found)]]
         if known is not None:
-            judged = any(
-                texts and all(names_right_options(text, right, known) for text in texts)
-                for texts in answers
-            )
-        else:
-            judged = any(
-                texts and all(_is_right(text, truth) for text in texts)
-                for truth in truths
-                for texts in answers
-            )
-        return float(judged)
+            return float(_all_name(found, right, known))
+        return float(any(_all_are(found, truth) for truth in truths))
     except (Exception, SystemExit) as error:  # noqa: BLE001 (parsers raise anything)
         return Unreadable(describe(error))
 
@@ -105,6 +95,21 @@ def _true_answer(text: str) -> str:
     if "<answer>" in text or "\\boxed" in text or "</think>" in text:
         return unboxed(found[-1]) if found else ""
     return text
+
+
+def _all_name(found: list[str], right: frozenset[int], options: Options) -> bool:
+    """Whether all that a completion commits to, or its parts together, name the right options."""
+    if len(found) > 1 and names_right_options(", ".join(found), right, options):
+        return True
+    return bool(found) and all(names_right_options(text, right, options) for text in found)
+
+
+def _all_are(found: list[str], truth: str) -> bool:
+    """Whether all that a completion commits to is right, or its parts together: two boxes for two
+    roots."""
+    if len(found) > 1 and same(", ".join(found), truth):
+        return True
+    return bool(found) and all(_is_right(text, truth) for text in found)
 
 
 _PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")

@@ -42,8 +42,10 @@ class Shape:
 
 def same(answer: str, truth: str) -> bool:
     """Whether an answer, given as a text, is the true one."""
-    if answer == truth or words(answer) == words(truth):
-        return bool(words(answer) or answer == truth)
+    if answer == truth:
+        return True
+    if words(answer) == words(truth) and not _depends_on_case(clean(truth)):
+        return bool(words(answer))
     true_moment = read_moment(clean(truth))
     if true_moment is not None:
         return read_moment(clean(answer)) == true_moment
@@ -55,6 +57,11 @@ def same(answer: str, truth: str) -> bool:
     if _is_plain_text(truth):
         return _is_same_word(clean(answer), words(truth))
     return _same_shape(shape(clean(answer)), shape(clean(truth)))
+
+
+def _depends_on_case(truth: str) -> bool:
+    """a + b is not A + B."""
+    return bool(re.search(r"[=+*^\\<>]", truth)) and not re.search(r"[A-Za-z]{3}", truth)
 
 
 def _is_plain_text(truth: str) -> bool:

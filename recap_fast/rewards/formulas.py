@@ -118,8 +118,16 @@ def same_formula(answer: str, truth: str) -> bool:
     answer, truth = to_latex(answer), to_latex(truth)
     if not (is_readable(answer, truth) and is_formula(answer) and is_formula(truth)):
         return False
+    names, true_names = _names(answer), _names(truth)
+    if names != true_names and names.lower() == true_names.lower():
+        return False  # math-verify takes capitals for small letters
     one, other = _parse(answer), _parse(truth)
     return one is not None and other is not None and _same_values(one, other)
+
+
+def _names(text: str) -> str:
+    """The letters of a formula's variables."""
+    return "".join(sorted(set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))))
 
 
 def proportional(answer: tuple[str, str], truth: tuple[str, str], *, positive: bool) -> bool:

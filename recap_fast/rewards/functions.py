@@ -96,7 +96,8 @@ def reasoning_gym(
         dataset_parameters: with which it was made. Unset: the source's.
 
     Raises:
-        ValueError: there is no such dataset, or the row does not say which.
+        ValueError: there is no such dataset, the row does not say which, or its verifier pays for
+            an answer that says nothing.
     """
     name = dataset
     if name is None:
@@ -109,8 +110,8 @@ def reasoning_gym(
             )
     verifier, example = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
     answer = extract_answer(sample.completion)
-    if not answer:
-        return 0.0
+    if not answer or answer.strip("+-").casefold() in ("nan", "inf", "infinity"):
+        return 0.0  # some verifiers find that nan is within their tolerance
     entry = _with_types_of(example, dict(sample.entry)) if example else dict(sample.entry)
     try:
         score = float(verifier(answer, entry))
@@ -128,13 +129,29 @@ def _gym_verifier(name: str, parameters: str) -> tuple[_Verifier, Mapping[str, A
     not keep in a file."""
     from reasoning_gym import create_dataset
 
-    dataset = create_dataset(name, **json.loads(parameters))
+    # The seed matters for the example only; survo makes none without.
+    dataset = create_dataset(name, **{"seed": 0, **json.loads(parameters)})
     made = dataset[0]
+    if _pays_for_nothing(dataset.score_answer, made):
+        raise ValueError(
+            f"reasoning-gym's verifier of {name!r} gives full marks to {_NO_ANSWER!r}, so any "
+            f"answer would be right; take the reward accuracy for its rows"
+        )
     try:
         is_kept = json.loads(json.dumps(made)) == made
     except (TypeError, ValueError):
         is_kept = True  # such rows cannot be in a file
     return dataset.score_answer, None if is_kept else made
+
+
+_NO_ANSWER = "no answer at all"
+
+
+def _pays_for_nothing(verifier: _Verifier, entry: dict[str, Any]) -> bool:
+    try:
+        return verifier(_NO_ANSWER, entry) >= 1
+    except (Exception, SystemExit):  # noqa: BLE001 (verifiers raise anything)
+        return False
 
 
 def _with_types_of(example: Any, value: Any) -> Any:

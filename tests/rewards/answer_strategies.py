@@ -59,24 +59,60 @@ def integers(draw: st.DrawFn) -> Case:
     minus, digits = "-" * (n < 0), str(abs(n))
     unit = draw(st.sampled_from(["apples", "cm", "km", "dollars", "\\text{ m}", "\\mathrm{~kg}"]))
     right = [
-        f"{n}", f"{n}.0", f"{n}.", f"${n}$", f"\\({n}\\)", f"**{n}**", f"x = {n}", f"{n} {unit}",
-        f"{minus}{spread(digits, ',')}", f"{minus}{spread(digits, '{,}')}",
-        minus + spread(digits, "\\,"), f"{n}e0", f"{minus}{digits[0]}.{digits[1:] or '0'}e{len(digits) - 1}",
+        f"{n}",
+        f"{n}.0",
+        f"{n}.",
+        f"${n}$",
+        f"\\({n}\\)",
+        f"**{n}**",
+        f"x = {n}",
+        f"{n} {unit}",
+        f"{minus}{spread(digits, ',')}",
+        f"{minus}{spread(digits, '{,}')}",
+        minus + spread(digits, "\\,"),
+        f"{n}e0",
+        f"{minus}{digits[0]}.{digits[1:] or '0'}e{len(digits) - 1}",
         f"{minus}{digits[0]}.{digits[1:] or '0'} \\times 10^{{{len(digits) - 1}}}",
-        f"The answer is {n}.", f"So it is **{n}**.", f"{n - 7} + 7 = {n}", f"\\text{{{n}}}",
-        f"{n}^\\circ", f"{n}\u200b", f"n={n}",
-    ]  # fmt: skip
+        f"The answer is {n}.",
+        f"So it is **{n}**.",
+        f"{n - 7} + 7 = {n}",
+        f"\\text{{{n}}}",
+        f"{n}^\\circ",
+        f"{n}\u200b",
+        f"n={n}",
+    ]
     if n > 0:
         right += [f"+{n}", f"\\${n}", f"€{n}", f"${n}", f"{n} €"]
     else:
         right += [f"\u2212{-n}", f"\u2013{-n}", f"- {-n}"]
     wrong = [
-        f"{n + 1}", f"{-n}", f"{n}0", f"{n}x", f"{n}i", f"{n} - 7 + 7", f"{2 * n}/2", f"{n}\\sqrt{{2}}",
-        f"2x = {n}", f"x > {n}", f"{n - 1} = {n}", f"{n - 1} {n}", f"\\pm {n}", f"{n}^2", f"({n}, {n + 1})",
-        f"{n - 1}, {n}, {n + 1}", f"x = {n - 1}, x = {n}", f"{n}{n}", f"{n}!", f"{n - 7} + 7",
-        f"{n} to {n + 5}", f"more than {n}", f"\\int_0^{{{n}}} dx", "", "I do not know",
+        f"{n + 1}",
+        f"{-n}",
+        f"{n}0",
+        f"{n}x",
+        f"{n}i",
+        f"{n} - 7 + 7",
+        f"{2 * n}/2",
+        f"{n}\\sqrt{{2}}",
+        f"2x = {n}",
+        f"x > {n}",
+        f"{n - 1} = {n}",
+        f"{n - 1} {n}",
+        f"\\pm {n}",
+        f"{n}^2",
+        f"({n}, {n + 1})",
+        f"{n - 1}, {n}, {n + 1}",
+        f"x = {n - 1}, x = {n}",
+        f"{n}{n}",
+        f"{n}!",
+        f"{n - 7} + 7",
+        f"{n} to {n + 5}",
+        f"more than {n}",
+        f"\\int_0^{{{n}}} dx",
+        "",
+        "I do not know",
         *listed(str(n), str(n + 1)),
-    ]  # fmt: skip
+    ]
     return Case(draw(st.sampled_from([n, str(n), f"#### {n}"])), tuple(right), tuple(wrong))
 
 
@@ -86,14 +122,29 @@ def decimals(draw: st.DrawFn) -> Case:
     text = f"{whole}.{part:03d}"
     value = Fraction(text)
     right = [
-        text, f"{text}0", f"{value.numerator}/{value.denominator}", f"{float(value)!r}",
-        f"\\frac{{{value.numerator}}}{{{value.denominator}}}", f"{value * 1000}e-3",
-        f"{value * 1000} \\times 10^{{-3}}", f"${text}$", f"{text} m/s", f"x = {text}", f"It is {text}.",
-    ]  # fmt: skip
+        text,
+        f"{text}0",
+        f"{value.numerator}/{value.denominator}",
+        f"{float(value)!r}",
+        f"\\frac{{{value.numerator}}}{{{value.denominator}}}",
+        f"{value * 1000}e-3",
+        f"{value * 1000} \\times 10^{{-3}}",
+        f"${text}$",
+        f"{text} m/s",
+        f"x = {text}",
+        f"It is {text}.",
+    ]
     wrong = [
-        f"{whole}", f".{part:03d}" if whole else "1", f"{whole}.{part + 1:03d}", f"{text}x", f"-{text}",
-        f"{text[:-1]}", f"{text}1", f"{whole},{part:03d}" if whole else "7", *listed(text, "0.5"),
-    ]  # fmt: skip
+        f"{whole}",
+        f".{part:03d}" if whole else "1",
+        f"{whole}.{part + 1:03d}",
+        f"{text}x",
+        f"-{text}",
+        f"{text[:-1]}",
+        f"{text}1",
+        f"{whole},{part:03d}" if whole else "7",
+        *listed(text, "0.5"),
+    ]
     return Case(draw(st.sampled_from([text, float(value)])), tuple(right), tuple(wrong))
 
 
@@ -102,16 +153,25 @@ def powers_of_ten(draw: st.DrawFn) -> Case:
     head, exponent = draw(st.integers(11, 99).filter(lambda n: n % 10)), draw(st.integers(-30, 30))
     value = float(f"{head / 10}e{exponent}")
     right = [
-        f"{head / 10}e{exponent}", f"{head / 10}E{exponent}", f"{head}e{exponent - 1}",
-        f"{head / 10} \\times 10^{{{exponent}}}", f"{head / 10} \\cdot 10^{{{exponent}}}",
-        f"{head / 10} * 10^{exponent}", f"{head / 10} x 10^{exponent}", f"{value!r}",
+        f"{head / 10}e{exponent}",
+        f"{head / 10}E{exponent}",
+        f"{head}e{exponent - 1}",
+        f"{head / 10} \\times 10^{{{exponent}}}",
+        f"{head / 10} \\cdot 10^{{{exponent}}}",
+        f"{head / 10} * 10^{exponent}",
+        f"{head / 10} x 10^{exponent}",
+        f"{value!r}",
         f"{Fraction(head) * Fraction(10) ** (exponent - 1)}" if exponent > 0 else f"{value:.40f}",
-    ]  # fmt: skip
+    ]
     wrong = [
-        f"{head / 10}" if exponent else "0", f"{head / 10}e{exponent + 1}", f"{head / 10}e{-exponent - 1}",
-        "10", f"{exponent}" if exponent not in (head, 0) else "0.25", f"10^{{{exponent}}}",
+        f"{head / 10}" if exponent else "0",
+        f"{head / 10}e{exponent + 1}",
+        f"{head / 10}e{-exponent - 1}",
+        "10",
+        f"{exponent}" if exponent not in (head, 0) else "0.25",
+        f"10^{{{exponent}}}",
         *listed(f"{head / 10}e{exponent}", "3"),
-    ]  # fmt: skip
+    ]
     return Case(value, tuple(right), tuple(wrong))
 
 
@@ -121,20 +181,32 @@ def fractions(draw: st.DrawFn) -> Case:
     top, bottom = value.numerator, value.denominator
     minus, up = "-" * (top < 0), abs(top)
     right = [
-        f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}", f"\\dfrac{{{top}}}{{{bottom}}}",
-        f"{minus}\\frac{{{up}}}{{{bottom}}}", f"${minus}\\tfrac{{{up}}}{{{bottom}}}$", f"x = {top}/{bottom}",
-        f"{2 * top}/{2 * bottom}", f"\\text{{{top}/{bottom}}}", f"The answer is {top}/{bottom}.",
-    ]  # fmt: skip
+        f"{top}/{bottom}",
+        f"\\frac{{{top}}}{{{bottom}}}",
+        f"\\dfrac{{{top}}}{{{bottom}}}",
+        f"{minus}\\frac{{{up}}}{{{bottom}}}",
+        f"${minus}\\tfrac{{{up}}}{{{bottom}}}$",
+        f"x = {top}/{bottom}",
+        f"{2 * top}/{2 * bottom}",
+        f"\\text{{{top}/{bottom}}}",
+        f"The answer is {top}/{bottom}.",
+    ]
     if up > bottom:
         right += [
             f"{minus}{up // bottom} {up % bottom}/{bottom}",
             f"{minus}{up // bottom}\\frac{{{up % bottom}}}{{{bottom}}}",
         ]
     wrong = [
-        f"{top}", f"{bottom}", f"{bottom}/{top}" if up != 1 else "0", f"{top + 1}/{bottom}",
-        f"{float(value):.4f}1", f"{-top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}x",
-        f"1 + \\frac{{{top - bottom}}}{{{bottom}}}", *listed(f"{top}/{bottom}", "1/101"),
-    ]  # fmt: skip
+        f"{top}",
+        f"{bottom}",
+        f"{bottom}/{top}" if up != 1 else "0",
+        f"{top + 1}/{bottom}",
+        f"{float(value):.4f}1",
+        f"{-top}/{bottom}",
+        f"\\frac{{{top}}}{{{bottom}}}x",
+        f"1 + \\frac{{{top - bottom}}}{{{bottom}}}",
+        *listed(f"{top}/{bottom}", "1/101"),
+    ]
     truth = draw(st.sampled_from([f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}"]))
     return Case(truth, tuple(right), tuple(wrong))
 
@@ -321,11 +393,15 @@ def structures(draw: st.DrawFn) -> Case:
 
 
 UNITS = [
-    ("\\text{ inches}", "inches", "cm"), ("\\text{ cm}", "centimeters", "km"),
-    (" \\mbox{ inches}^2", "square inches", "cm"), ("\\text{ mph}", "miles per hour", "feet"),
-    (" dollars", "dollars", "euros"), ("^\\circ", "degrees", "radians"),
-    ("\\,\\mathrm{kg}", "kilograms", "g"), ("\\text{ hours}", "h", "minutes"),
-]  # fmt: skip
+    ("\\text{ inches}", "inches", "cm"),
+    ("\\text{ cm}", "centimeters", "km"),
+    (" \\mbox{ inches}^2", "square inches", "cm"),
+    ("\\text{ mph}", "miles per hour", "feet"),
+    (" dollars", "dollars", "euros"),
+    ("^\\circ", "degrees", "radians"),
+    ("\\,\\mathrm{kg}", "kilograms", "g"),
+    ("\\text{ hours}", "h", "minutes"),
+]
 
 
 @st.composite
@@ -373,14 +449,31 @@ WORDS = ["east", "Paris", "New York", "Evelyn", "mitochondria", "blue", "no solu
 def texts(draw: st.DrawFn) -> Case:
     word, other = draw(st.permutations(WORDS))[:2]
     right = (
-        word, word.upper(), f"{word}.", f"\\text{{{word}}}", f"$\\text{{{word}}}$", f"**{word}**", f'"{word}"',
-        f"\\(\\text{{{word}}}\\)", f"The answer is {word}.", f"It is {word}.", f"So the answer is **{word}**.",
+        word,
+        word.upper(),
+        f"{word}.",
+        f"\\text{{{word}}}",
+        f"$\\text{{{word}}}$",
+        f"**{word}**",
+        f'"{word}"',
+        f"\\(\\text{{{word}}}\\)",
+        f"The answer is {word}.",
+        f"It is {word}.",
+        f"So the answer is **{word}**.",
         f"\\textbf{{{word}}}",
-    )  # fmt: skip
+    )
     wrong = (
-        other, word[::-1], word[:-1], f"{word}{word}", "", f"{word}, {other}", f"all but {word}",
-        f"It is {other}, it is {word}", f"Both {word} and {other}", *listed(word, other),
-    )  # fmt: skip
+        other,
+        word[::-1],
+        word[:-1],
+        f"{word}{word}",
+        "",
+        f"{word}, {other}",
+        f"all but {word}",
+        f"It is {other}, it is {word}",
+        f"Both {word} and {other}",
+        *listed(word, other),
+    )
     return Case(draw(st.sampled_from([word, f"\\text{{{word}}}"])), right, wrong)
 
 
@@ -392,13 +485,23 @@ def dates(draw: st.DrawFn) -> Case:
     y, m, d = draw(st.integers(1900, 2099)), draw(st.integers(1, 8)), draw(st.integers(2, 27))
     name = MONTHS[m - 1]
     right = (
-        f"{y}-{m:02d}-{d:02d}", f"{name} {d}, {y}", f"{d} {name} {y}", f"{name[:3]} {d}, {y}",
-        f"{y}/{m:02d}/{d:02d}", f"The answer is {name} {d}, {y}.", f"\\text{{{name} {d}, {y}}}",
-    )  # fmt: skip
+        f"{y}-{m:02d}-{d:02d}",
+        f"{name} {d}, {y}",
+        f"{d} {name} {y}",
+        f"{name[:3]} {d}, {y}",
+        f"{y}/{m:02d}/{d:02d}",
+        f"The answer is {name} {d}, {y}.",
+        f"\\text{{{name} {d}, {y}}}",
+    )
     wrong = (
-        f"{y}-{m:02d}-{d + 1:02d}", f"{y + 1}-{m:02d}-{d:02d}", f"{name} {y}", f"{y}", f"{y - m - d}",
-        f"{MONTHS[m % 8]} {d}, {y}", *listed(f"{name} {d}, {y}", f"{name} {d + 1}, {y}"),
-    )  # fmt: skip
+        f"{y}-{m:02d}-{d + 1:02d}",
+        f"{y + 1}-{m:02d}-{d:02d}",
+        f"{name} {y}",
+        f"{y}",
+        f"{y - m - d}",
+        f"{MONTHS[m % 8]} {d}, {y}",
+        *listed(f"{name} {d}, {y}", f"{name} {d + 1}, {y}"),
+    )
     return Case(draw(st.sampled_from(right[:3])), right, wrong)
 
 
@@ -422,10 +525,13 @@ def times(draw: st.DrawFn) -> Case:
 
 
 OPTION_TEXTS = [
-    ["London", "Paris", "Rome", "Berlin"], ["A mammal", "A reptile", "A bird", "A fish"],
-    ["10", "20", "30", "40"], ["\\frac{1}{2}", "\\frac{1}{3}", "2", "\\sqrt{2}"],
-    ["5 cm", "6 cm", "7 cm", "8 cm"], ["red and blue", "red", "blue", "none of these"],
-]  # fmt: skip
+    ["London", "Paris", "Rome", "Berlin"],
+    ["A mammal", "A reptile", "A bird", "A fish"],
+    ["10", "20", "30", "40"],
+    ["\\frac{1}{2}", "\\frac{1}{3}", "2", "\\sqrt{2}"],
+    ["5 cm", "6 cm", "7 cm", "8 cm"],
+    ["red and blue", "red", "blue", "none of these"],
+]
 
 
 def _shapes(texts: list[str]) -> list[object]:
@@ -445,21 +551,57 @@ def options(draw: st.DrawFn) -> Case:
     index, other = draw(st.permutations(range(4)))[:2]
     letter, text, wrong_letter = "ABCD"[index], texts[index], "ABCD"[other]
     right = (
-        letter, f"({letter})", f"{letter}.", f"{letter})", f"[{letter}]", f"**{letter}**", f"${letter}$",
-        f"\\({letter}\\)", f"\\text{{{letter}}}", f"\\textbf{{({letter})}}", f"\\mathrm{{{letter}}}", text,
-        f"{letter}) {text}", f"{letter}. {text}", f"{letter}: {text}", f"{letter} - {text}", f"({letter}) {text}",
-        f"Answer: {letter}", f"**Answer:** {letter}", f"The answer is ({letter}).", f"Option {letter}",
-        f"The correct answer is **{letter}**.", f"**{letter}**. {text}", f"The answer is {text}.",
-        f"So the correct option is {letter}) {text}", letter.lower(),
-    )  # fmt: skip
+        letter,
+        f"({letter})",
+        f"{letter}.",
+        f"{letter})",
+        f"[{letter}]",
+        f"**{letter}**",
+        f"${letter}$",
+        f"\\({letter}\\)",
+        f"\\text{{{letter}}}",
+        f"\\textbf{{({letter})}}",
+        f"\\mathrm{{{letter}}}",
+        text,
+        f"{letter}) {text}",
+        f"{letter}. {text}",
+        f"{letter}: {text}",
+        f"{letter} - {text}",
+        f"({letter}) {text}",
+        f"Answer: {letter}",
+        f"**Answer:** {letter}",
+        f"The answer is ({letter}).",
+        f"Option {letter}",
+        f"The correct answer is **{letter}**.",
+        f"**{letter}**. {text}",
+        f"The answer is {text}.",
+        f"So the correct option is {letter}) {text}",
+        letter.lower(),
+    )
     wrong = (
-        wrong_letter, texts[other], f"{letter} or {wrong_letter}", f"({letter}) or ({wrong_letter})", "ABCD",
-        "A) B) C) D)", "A/B/C/D", "A, B, C, D", f"{letter}, {wrong_letter}", f"not {letter}", f"It is not {letter}.",
-        f"{letter}) {texts[other]}", f"either {letter} or {wrong_letter}", f"{letter} and {wrong_letter}", "",
-        f"anything but {letter}", f"{text}, {texts[other]}", f"{letter}. {text} or {wrong_letter}. {texts[other]}",
+        wrong_letter,
+        texts[other],
+        f"{letter} or {wrong_letter}",
+        f"({letter}) or ({wrong_letter})",
+        "ABCD",
+        "A) B) C) D)",
+        "A/B/C/D",
+        "A, B, C, D",
+        f"{letter}, {wrong_letter}",
+        f"not {letter}",
+        f"It is not {letter}.",
+        f"{letter}) {texts[other]}",
+        f"either {letter} or {wrong_letter}",
+        f"{letter} and {wrong_letter}",
+        "",
+        f"anything but {letter}",
+        f"{text}, {texts[other]}",
+        f"{letter}. {text} or {wrong_letter}. {texts[other]}",
         " ".join(f"({letter}) {text}" for letter, text in zip("ABCD", texts, strict=True)),
-        f"\\boxed{{{letter}}} \\boxed{{{wrong_letter}}}", "The answer is a difficult one.", f"<think>{letter}",
-    )  # fmt: skip
+        f"\\boxed{{{letter}}} \\boxed{{{wrong_letter}}}",
+        "The answer is a difficult one.",
+        f"<think>{letter}",
+    )
     truth = draw(
         st.sampled_from([letter, index, text, f"({letter})", f"<answer>{letter}</answer>"])
     )
@@ -471,8 +613,15 @@ def several_options(draw: st.DrawFn) -> Case:
     texts = OPTION_TEXTS[0]
     first, second = sorted(draw(st.permutations("ABCD"))[:2])
     left = next(letter for letter in "ABCD" if letter not in (first, second))
-    right = (f"{first}, {second}", f"{first} and {second}", f"{first}{second}", f"({first}), ({second})",
-             f"{second}, {first}", f"The answer is {first} and {second}.", f"\\text{{{first}, {second}}}")  # fmt: skip
+    right = (
+        f"{first}, {second}",
+        f"{first} and {second}",
+        f"{first}{second}",
+        f"({first}), ({second})",
+        f"{second}, {first}",
+        f"The answer is {first} and {second}.",
+        f"\\text{{{first}, {second}}}",
+    )
     wrong = (
         first,
         second,

@@ -1,5 +1,5 @@
-"""Whatever the truth's shape, all usual notations of it are right, and no part, list or neighbour of
-it is."""
+"""Whatever the truth's shape, all usual notations of it are right, and no part, list or neighbour
+of it is."""
 
 from __future__ import annotations
 
@@ -189,12 +189,36 @@ def test_unusable_options(choices, truth, error):
 # -- time
 
 HEAVY = [
-    "9^{9^{9^9}}", "9**9**9**9", "10^{9999!}", "\\binom{1000000}{500000}", "(x+1)^{9999}", "2^{999}^{999}",
-    "\\int_0^1 e^{x^2} \\sin(x^3) dx", "\\prod_{i=1}^{99999} i", "\\sum_{i=1}^{10^9} i", "100!!",
-    "e^{e^{e^{e^{10}}}}", "((x+1)^{99})^{99}", "\\sqrt{" * 100, "(" * 5000, "1+" * 5000 + "1", "9" * 20000,
-    "<think></think>" * 2000, "\\boxed{" * 2000, "A, " * 2000, "the answer is " * 2000, "x=" * 2000, "**" * 3000,
-    "$" * 3001, "\\" * 4000, "1 " * 4000, "\u200b" * 5000 + "5", "\\text{" * 900, "\\frac{1}{0}", "1e999999",
-]  # fmt: skip
+    "9^{9^{9^9}}",
+    "9**9**9**9",
+    "10^{9999!}",
+    "\\binom{1000000}{500000}",
+    "(x+1)^{9999}",
+    "2^{999}^{999}",
+    "\\int_0^1 e^{x^2} \\sin(x^3) dx",
+    "\\prod_{i=1}^{99999} i",
+    "\\sum_{i=1}^{10^9} i",
+    "100!!",
+    "e^{e^{e^{e^{10}}}}",
+    "((x+1)^{99})^{99}",
+    "\\sqrt{" * 100,
+    "(" * 5000,
+    "1+" * 5000 + "1",
+    "9" * 20000,
+    "<think></think>" * 2000,
+    "\\boxed{" * 2000,
+    "A, " * 2000,
+    "the answer is " * 2000,
+    "x=" * 2000,
+    "**" * 3000,
+    "$" * 3001,
+    "\\" * 4000,
+    "1 " * 4000,
+    "\u200b" * 5000 + "5",
+    "\\text{" * 900,
+    "\\frac{1}{0}",
+    "1e999999",
+]
 
 
 @pytest.mark.timeout(60)
@@ -223,7 +247,7 @@ def test_frequent_answers_need_no_sympy():
         "import sys\n"
         "from recap_fast.rewards.functions import accuracy\n"
         "from recap_fast.types import RewardSample\n"
-        "for truth in ('42', '1/2', 'Paris', 'B', '3, 5', '(0, 5]', 'x = 5', '2024-03-05', '5 cm'):\n"
+        "for truth in ('42', '1/2', 'Paris', 'B', '3, 5', '(0, 5]', 'x = 5', '5 cm'):\n"
         "    for text in ('42', '0.5', 'London', 'The answer is B.', '3, 5', 'x = 4'):\n"
         "        accuracy(RewardSample(f'<answer>{text}</answer>', truth, {}, 1, 1, 'stop'))\n"
         "print('sympy' in sys.modules)\n"

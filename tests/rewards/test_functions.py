@@ -392,6 +392,21 @@ def test_reasoning_gym_says_why_an_answer_could_not_be_read():
     assert "ValueError" in found.reason
 
 
+def test_reasoning_gym_refuses_a_verifier_that_pays_for_anything():
+    entry = {"answer": "True", "metadata": {}}
+    with pytest.raises(ValueError, match="game_of_life_halting.*any answer would be right"):
+        reasoning_gym(sample("<answer>x</answer>", "True", entry), dataset="game_of_life_halting")
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf"])
+def test_reasoning_gym_pays_for_no_infinity(text):
+    import reasoning_gym as gym
+
+    entry = gym.create_dataset("complex_arithmetic", seed=1, size=1)[0]
+    answer = sample(f"<answer>{text}</answer>", entry["answer"], entry)
+    assert reasoning_gym(answer) == 0.0
+
+
 @pytest.mark.parametrize("name", ["arc_agi", "rearc", "chain_sum"])
 def test_reasoning_gym_rows_may_come_from_a_file(name):
     import reasoning_gym as gym
