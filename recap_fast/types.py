@@ -123,6 +123,11 @@ class RewardSample:
     max_new_tokens: int
     finish_reason: FinishReason
 
+    @property
+    def assistant_turn(self) -> str:
+        """The completion, after the "<think>" that its prompt ends with where it does."""
+        return "<think>" * bool(self.entry.get(PROMPT_OPENS_THINK)) + self.completion
+
 
 @dataclass(frozen=True, slots=True)
 class RewardTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -10,18 +11,16 @@ from typing import Any
 
 from recap_fast.rewards.commitment import claims, commitments, extract_answer, only_number, unboxed
 from recap_fast.rewards.equality import same
-from recap_fast.rewards.notation import clean
+from recap_fast.rewards.notation import clean_lines
 from recap_fast.rewards.numbers import is_unit, read_number
-from recap_fast.rewards.options import names_right_options, read_options, right_options
+from recap_fast.rewards.options import Options, names_right_options, read_options, right_options
 from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import RewardSample
 
 __all__ = ["accuracy", "extract_answer"]
 
 
-def accuracy(
-    sample: RewardSample, *, choices: str | None = None, prompt_opens_think: bool = False
-) -> float:
+def accuracy(sample: RewardSample, *, choices: str | None = None) -> float:
     """1 if the answer that a completion commits to is the truth, else 0.
 
     What it commits to is in `recap_fast.rewards.commitment`; several answers are none. The whole of
@@ -35,35 +34,22 @@ def accuracy(
             has none there is an open question), in a form of `read_options`. Then the truth may be
             an option's letter, its number from 0, its text, or several letters, all of which must
             be named. Without options a truth that is a list holds the answers that are accepted.
-        prompt_opens_think: the chat template ends the prompt with "<think>", so the completion
-            starts inside of it.
 
     Raises:
         ValueError, TypeError, KeyError: the truth or the options are not of that form.
     """
     options = None if choices is None else sample.entry[choices]
-    if options is not None and not (isinstance(options, list | tuple | dict) and not options):
+    known, right, truths = None, frozenset[int](), list[str]()
+    if options is None or options in ([], (), {}):
+        truths = read_truths(sample.answer)
+    else:
         known = read_options(options)
         right = right_options(sample.answer, known)
-    else:
-        known, right = None, frozenset()
-        truths = read_truths(sample.answer)
-    completion = "<think>" + sample.completion if prompt_opens_think else sample.completion
     try:
-        found = commitments(completion)
-        answers = [found] if len(found) < 2 else [found, [", ".join(found)]]
+        found = commitments(sample.assistant_turn)
         if known is not None:
-            judged = any(
-                texts and all(names_right_options(text, right, known) for text in texts)
-                for texts in answers
-            )
-        else:
-            judged = any(
-                texts and all(_is_right(text, truth) for text in texts)
-                for truth in truths
-                for texts in answers
-            )
-        return float(judged)
+            return float(_all_name(found, right, known))
+        return float(any(_all_are(found, truth) for truth in truths))
     except (Exception, SystemExit) as error:  # noqa: BLE001 (parsers raise anything)
         return Unreadable(describe(error))
 
@@ -106,10 +92,30 @@ def _true_answer(text: str) -> str:
     return text
 
 
+def _all_name(found: list[str], right: frozenset[int], options: Options) -> bool:
+    """Whether all that a completion commits to, or its parts together, name the right options."""
+    if len(found) > 1 and names_right_options(", ".join(found), right, options):
+        return True
+    return bool(found) and all(names_right_options(text, right, options) for text in found)
+
+
+def _all_are(found: list[str], truth: str) -> bool:
+    """Whether all that a completion commits to is right, or its parts together: two boxes for two
+    roots."""
+    if len(found) > 1 and same(", ".join(found), truth):
+        return True
+    return bool(found) and all(_is_right(text, truth) for text in found)
+
+
+_PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
 def _is_right(answer: str, truth: str) -> bool:
+    if _PLAIN_INTEGER.fullmatch(answer) and _PLAIN_INTEGER.fullmatch(truth):
+        return int(answer) == int(truth)  # the most frequent case, at no cost
     if same(answer, truth):
         return True
-    cleaned = clean(answer)
+    cleaned = clean_lines(answer)
     if any(same(claim, truth) for claim in claims(cleaned)):
         return True
     if read_number(truth, strict=True) is None:

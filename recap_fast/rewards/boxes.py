@@ -75,7 +75,7 @@ def iou(
             f"whose size would connect them"
         )
     truth = _true_box(sample.answer, box_format, units)
-    box = _box(extract_answer(sample.completion))
+    box = _box(extract_answer(sample.assistant_turn))
     if original is not None and seen is not None:
         truth = _inside(_relative(truth, original), sample.answer, units)
         box = None if box is None else _relative(box, seen)

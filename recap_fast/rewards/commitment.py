@@ -128,14 +128,15 @@ _RETRACTION = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(
-    r"\b(?:answer|option|choice|solution|result)\b[^.=:\n]{0,60}?"
+    r"\b(?:answer|option|choice|solution|result)\b[^.,=:\n]{0,60}?"
     r"(?:\b(?:is|are|be)\b\s*:?|[:=])\s*(?=\S)",
     re.IGNORECASE,
 )
+_HEADING = re.compile(r"(?:the )?(?:final |correct )?answer(?: is)?\s*:?", re.IGNORECASE)
 _SAID = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|becomes?|makes?|yields?|means?|say|choose"
-    r"|pick|select|go with)\b(?!\s*:)|(?<![<>!])=|:(?!//)|\\approx\b|\\Rightarrow\b|->)\s*(?=\S)"
-    r"(?:equal to\s+|exactly\s+)?",
+    r"|pick|select|go with|(?:it|that)'s)\b(?!\s*:)"
+    r"|(?<![<>!])=|:(?!//)|\\approx\b|\\Rightarrow\b|->)\s*(?=\S)(?:equal to\s+|exactly\s+)?",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(
@@ -151,12 +152,13 @@ def claims(text: str) -> Iterator[str]:
     Only words may be left out on the way: no number, no comma, no alternative, no negation.
     """
     sentences = _sentences(text)
-    if not sentences:
+    if not sentences or _assigns_twice(sentences):
         return
     claim = _named_claim(sentences)
     if claim is None:
         claim = _last_claim(sentences[-1])
     for _ in range(3):
+        claim = (claim or "").rstrip(" .")
         if not claim:
             return
         yield claim
@@ -173,10 +175,21 @@ def _sentences(text: str) -> list[str]:
     return [part for part in (p.strip() for p in _SENTENCE_END.split(text)) if part]
 
 
+def _assigns_twice(sentences: list[str]) -> bool:
+    """Whether lines give one variable several values: a list of candidates."""
+    values: dict[str, set[str]] = {}
+    for sentence in sentences:
+        if match := re.fullmatch(r"([A-Za-z]\w*)\s*=\s*([-+]?[\d.,/]+)", sentence):
+            values.setdefault(match[1], set()).add(match[2].rstrip(".,"))
+    return any(len(found) > 1 for found in values.values())
+
+
 def _named_claim(sentences: list[str]) -> str | None:
     """Of the last "the answer is ..."; "" if something takes it back."""
     for index in range(len(sentences) - 1, -1, -1):
         sentence = sentences[index]
+        if _HEADING.fullmatch(sentence) and index == len(sentences) - 2:
+            return sentences[-1]
         match = _NAMED.search(sentence)
         if match is None:
             continue

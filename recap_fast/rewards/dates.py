@@ -40,7 +40,8 @@ Moment = tuple[str, int | None, int, int]
 def read_moment(text: str) -> Moment | None:
     """The date or time of day that a text is, and nothing besides.
 
-    03/05/2024 may be two dates, so it is none (as a text it still equals itself); 25/12/2024 is one.
+    03/05/2024 may be two dates, so it is none (but it equals itself as a text);
+    25/12/2024 is one.
     """
     text = text.strip().rstrip(",")
     if not 2 < len(text) < 40 or not (any(map(str.isdigit, text)) or text.casefold() in _NOON):

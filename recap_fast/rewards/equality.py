@@ -8,7 +8,7 @@ number in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,8 +42,10 @@ class Shape:
 
 def same(answer: str, truth: str) -> bool:
     """Whether an answer, given as a text, is the true one."""
-    if answer == truth or words(answer) == words(truth):
-        return bool(words(answer) or answer == truth)
+    if answer == truth:
+        return True
+    if words(answer) == words(truth) and not _depends_on_case(clean(truth)):
+        return bool(words(answer))
     true_moment = read_moment(clean(truth))
     if true_moment is not None:
         return read_moment(clean(answer)) == true_moment
@@ -55,6 +57,11 @@ def same(answer: str, truth: str) -> bool:
     if _is_plain_text(truth):
         return _is_same_word(clean(answer), words(truth))
     return _same_shape(shape(clean(answer)), shape(clean(truth)))
+
+
+def _depends_on_case(truth: str) -> bool:
+    """a + b is not A + B."""
+    return bool(re.search(r"[=+*^\\<>]", truth)) and not re.search(r"[A-Za-z]{3}", truth)
 
 
 def _is_plain_text(truth: str) -> bool:
@@ -243,8 +250,9 @@ def _same_but_for_spaces(answer: str, truth: str) -> bool:
 
 
 _FORMULA_UNIT = re.compile(
-    r"(?<=[\d}\)a-z])\s*(?:\^\s*\{?\\circ\s*\}?|(?:square |cubic )?(?:units?|inches|in|cm|mm|km|m|ft"
-    r"|feet|meters?|degrees|radians|rad|dollars|seconds?|minutes?|hours?)(?:\s*\^\s*\{?[23]\}?)?)\s*$"
+    r"(?<=[\d}\)a-z])\s*(?:\^\s*\{?\\circ\s*\}?|(?:square |cubic )?(?:units?|inches|in|cm|mm|km|m"
+    r"|ft|feet|meters?|degrees|radians|rad|dollars|seconds?|minutes?|hours?)"
+    r"(?:\s*\^\s*\{?[23]\}?)?)\s*$"
 )
 
 
@@ -258,7 +266,7 @@ def _unitless(text: str) -> str:
 
 _ASSIGNED = re.compile(
     r"\\?[A-Za-z]+'?(?:_\{?\w+\}?)?|[A-Za-z]\s*(?:\^\{?-1\}?)?\s*\([^()=]*\)|\\?[A-Za-z][A-Za-z ]*"
-    r"|m?\s*\\angle\s*[A-Z]{1,3}|\|?[A-Z]{2}\|?|[A-Za-z\s+*/\\^(){}-]+"
+    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)|m?\s*\\angle\s*[A-Z]{1,3}|\|?[A-Z]{2}\|?|[A-Za-z\s+*/\\^(){}-]+"
 )
 _ARITHMETIC = re.compile(r"(?:[\d\s.,+*/()^{}\[\]!%$-]|\\(?:frac|times|cdot|sqrt|div|pi))+")
 
@@ -299,10 +307,16 @@ def _end_of_chain(answer: Shape) -> str | None:
             end = read_number(value)
             if end is None or end.value != number.value:
                 return None
-        elif not (_ASSIGNED.fullmatch(part) or _ARITHMETIC.fullmatch(part)):
-            if part is answer.parts[0]:
-                return None
+        elif re.search(r"\d\s+[A-Za-z]", part):
+            return None
+        elif part is answer.parts[0] and not _may_be_said_to_be(part):
+            return None
     return value
+
+
+def _may_be_said_to_be(name: str) -> bool:
+    """Whether something can have a value: a name or arithmetic, but no equation's side."""
+    return bool(_ASSIGNED.fullmatch(name) or _ARITHMETIC.fullmatch(name))
 
 
 def _same_relations(answer: Shape, truth: Shape) -> bool:
@@ -318,57 +332,54 @@ def _same_relations(answer: Shape, truth: Shape) -> bool:
         return False
     if len(truth.parts) > 2 or len(answer.parts) > 2:
         return _same_chain(answer, truth)
-    signs = {"<": ">", ">": "<", "le": "ge", "ge": "le"}
     one, other = answer.parts
     sign = answer.signs[0]
     left, right = truth.parts
     if sign == truth.signs[0]:
-        return proportional((one, other), (left, right), positive=sign in signs)
-    if signs.get(sign) == truth.signs[0]:
+        return proportional((one, other), (left, right), positive=sign in _FLIPPED)
+    if _FLIPPED.get(sign) == truth.signs[0]:
         return proportional((other, one), (left, right), positive=True)
     return False
 
 
 def _same_chain(answer: Shape, truth: Shape) -> bool:
     """-1 < x < 2 and 2 > x > -1."""
-    flip = {"<": ">", ">": "<", "le": "ge", "ge": "le"}
     if len(answer.parts) != len(truth.parts):
         return False
     if answer.signs != truth.signs:
         answer = Shape(
             "relation",
             answer.parts[::-1],
-            tuple(flip.get(sign, sign) for sign in answer.signs[::-1]),
+            tuple(_FLIPPED.get(sign, sign) for sign in answer.signs[::-1]),
         )
     return answer.signs == truth.signs and _all_same(answer.parts, truth.parts)
+
+
+_FLIPPED = {"<": ">", ">": "<", "le": "ge", "ge": "le"}
+_NAME = re.compile(r"[A-Za-z]|\\[a-z]+")
 
 
 def _interval(relation: Shape) -> str | None:
     """x > 3 as (3, \\infty)."""
     parts, signs = relation.parts, relation.signs
-    if not set(signs) <= {"<", ">", "le", "ge"}:
+    if not set(signs) <= set(_FLIPPED):
         return None
-    is_name: Callable[[str], bool] = lambda text: (
-        re.fullmatch(r"[A-Za-z]|\\[a-z]+", text) is not None
-    )
-    if len(parts) == 3 and is_name(parts[1]):
-        (low, _, high), (left, right) = parts, signs
-        if left in (">", "ge") and right in (">", "ge"):
-            low, high, left, right = high, low, right, left
-        elif left in (">", "ge") or right in (">", "ge"):
+    if len(parts) == 3 and signs[0] in (">", "ge"):
+        parts, signs = parts[::-1], tuple(_FLIPPED[sign] for sign in signs[::-1])
+    if len(parts) == 3:
+        left, right = signs
+        if not _NAME.fullmatch(parts[1]) or not {left, right} <= {"<", "le"}:
             return None
-        return (
-            ("[" if left[-1] == "e" else "(")
-            + f"{low}, {high}"
-            + ("]" if right[-1] == "e" else ")")
-        )
-    if len(parts) != 2 or is_name(parts[0]) == is_name(parts[1]):
+        return _brackets(left == "le", f"{parts[0]}, {parts[2]}", right == "le")
+    if len(parts) != 2 or bool(_NAME.fullmatch(parts[0])) == bool(_NAME.fullmatch(parts[1])):
         return None
-    bound, sign = (
-        (parts[1], signs[0])
-        if is_name(parts[0])
-        else (parts[0], {"<": ">", ">": "<", "le": "ge", "ge": "le"}[signs[0]])
-    )
+    bound, sign = parts[1], signs[0]
+    if _NAME.fullmatch(parts[1]):
+        bound, sign = parts[0], _FLIPPED[sign]
     if sign in ("<", "le"):
-        return f"(-\\infty, {bound}" + ("]" if sign == "le" else ")")
-    return ("[" if sign == "ge" else "(") + f"{bound}, \\infty)"
+        return _brackets(False, f"-\\infty, {bound}", sign == "le")
+    return _brackets(sign == "ge", f"{bound}, \\infty", False)
+
+
+def _brackets(closed_left: bool, bounds: str, closed_right: bool) -> str:
+    return ("[" if closed_left else "(") + bounds + ("]" if closed_right else ")")

@@ -8,7 +8,9 @@ where simplifying may take for ever.
 
 from __future__ import annotations
 
+import cmath
 import logging
+import math
 import re
 from collections import Counter
 from functools import lru_cache
@@ -21,76 +23,15 @@ _MOST_DIGITS = 60  # of a number
 _DEEPEST = 12  # brackets in brackets
 
 _COMMANDS = set(
-    [
-        "frac",
-        "sqrt",
-        "pi",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "times",
-        "cdot",
-        "div",
-        "infty",
-        "circ",
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "theta",
-        "lambda",
-        "mu",
-        "nu",
-        "rho",
-        "sigma",
-        "tau",
-        "phi",
-        "varphi",
-        "omega",
-        "psi",
-        "chi",
-        "eta",
-        "kappa",
-        "xi",
-        "zeta",
-        "Delta",
-        "Omega",
-        "Phi",
-        "Sigma",
-        "Theta",
-        "overline",
-        "bar",
-        "vec",
-        "hat",
-        "prime",
-        "lvert",
-        "rvert",
-        "vert",
-        "mathbb",
-        "to",
-        "ast",
-        "star",
-        "min",
-        "max",
-        "lfloor",
-        "rfloor",
-        "lceil",
-        "rceil",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp
+        times cdot div infty circ alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau
+        phi varphi omega psi chi eta kappa xi zeta Delta Omega Phi Sigma Theta overline bar vec hat
+        prime lvert rvert vert mathbb to ast star min max lfloor rfloor lceil rceil
+        """,
+    )
 )
 _FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi|theta"
@@ -104,6 +45,7 @@ _EXPONENT = re.compile(r"\^\s*\{?\s*\(?\s*[-+]?\s*(\d+)")
 _POWER_OF_POWER = re.compile(
     r"\^\s*(?:\{[^{}]*\}|\([^()]*\)|\w+)\s*\^|\^\s*[{(][^{}()]*\^|\)\s*\^\s*\{?\d{3}"
 )
+_NUMBER_TOWER = re.compile(r"\d\s*\^\s*[{(]?\s*\d+\s*[})]?\s*\^")
 _HEAVY = re.compile(r"\\(?:i?int|iint|oint|sum|prod|lim|binom)(?![A-Za-z])|!")
 
 
@@ -111,7 +53,7 @@ def to_latex(text: str) -> str:
     """Plain spelling of formulas, as sqrt(2)*x**10, in LaTeX."""
     text = text.replace("**", "^").replace("*", r"\cdot ")
     text = _FUNCTION.sub(r"\\\1", text).replace(r"\infty", r"\infty ")
-    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
     return text.replace(SET_OPEN, r"\{").replace(SET_CLOSE, r"\}")
@@ -139,8 +81,9 @@ def is_readable(text: str, truth: str) -> bool:
     known = _EXPONENT.findall(truth)
     if any(len(e) > 3 and e not in known for e in _EXPONENT.findall(text)):
         return False
-    if _POWER_OF_POWER.search(text) and not _POWER_OF_POWER.search(truth):
-        return False
+    for towers in (_POWER_OF_POWER, _NUMBER_TOWER):
+        if towers.search(text) and not towers.search(truth):
+            return False
     digits = max(map(len, re.findall(r"\d+", text)), default=0)
     longest = max(map(len, re.findall(r"\d+", truth)), default=0)
     return digits <= max(_MOST_DIGITS, longest) and _depth(text) <= _DEEPEST
@@ -175,8 +118,16 @@ def same_formula(answer: str, truth: str) -> bool:
     answer, truth = to_latex(answer), to_latex(truth)
     if not (is_readable(answer, truth) and is_formula(answer) and is_formula(truth)):
         return False
+    names, true_names = _names(answer), _names(truth)
+    if names != true_names and names.lower() == true_names.lower():
+        return False  # math-verify takes capitals for small letters
     one, other = _parse(answer), _parse(truth)
     return one is not None and other is not None and _same_values(one, other)
+
+
+def _names(text: str) -> str:
+    """The letters of a formula's variables."""
+    return "".join(sorted(set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))))
 
 
 def proportional(answer: tuple[str, str], truth: tuple[str, str], *, positive: bool) -> bool:
@@ -240,12 +191,31 @@ def _value(expression: Any, point: int) -> Any:
         number = Rational((seed * (point + 3) * 7919) % 4001 + 37, 1009)
         values[symbol] = I if symbol.name == "i" else number * (-1) ** (point + len(symbol.name))
     try:
-        value = expression.xreplace(values).evalf(_DIGITS)
+        expression = expression.xreplace(values)
+        _size(expression)
+        value = expression.evalf(_DIGITS)
         if not isinstance(value, Symbol) and value.is_number and value.is_finite is not False:
             return value
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
         pass
     return None
+
+
+def _size(expression: Any) -> complex:
+    """About the value, with other functions than powers taken as 1. OverflowError where sympy
+    would compute with numbers of a size that takes it hours."""
+    if not expression.args:
+        return complex(expression) if expression.is_number else 1
+    sizes = [_size(part) for part in expression.args]
+    if expression.is_Add:
+        return sum(sizes)
+    if expression.is_Mul:
+        return math.prod(sizes)
+    if expression.is_Pow:
+        return sizes[0] ** sizes[1] if sizes[0] else 0
+    if expression.func.__name__ in ("exp", "factorial", "gamma"):
+        return cmath.exp(sizes[0] * 4)  # n! is below e^(4n) where floats end
+    return 1
 
 
 def _close(one: Any, other: Any, *, exact: bool) -> bool:

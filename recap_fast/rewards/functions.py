@@ -20,7 +20,7 @@ from typing import Any
 from recap_fast.rewards.answers import accuracy, extract_answer
 from recap_fast.rewards.boxes import iou
 from recap_fast.rewards.unreadable import Unreadable, describe
-from recap_fast.types import PROMPT_OPENS_THINK, RewardSample
+from recap_fast.types import RewardSample
 
 _THINKING = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
@@ -34,9 +34,9 @@ def thinking_format(sample: RewardSample, *, prompt_opens_think: bool | None = N
         prompt_opens_think: the chat template ends the prompt with "<think>", so the completion
             starts inside of it. Unset: what the data stage saw of the prompt.
     """
-    if prompt_opens_think is None:
-        prompt_opens_think = bool(sample.entry.get(PROMPT_OPENS_THINK))
-    text = "<think>" + sample.completion if prompt_opens_think else sample.completion
+    text = sample.assistant_turn
+    if prompt_opens_think is not None:
+        text = "<think>" * prompt_opens_think + sample.completion
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     if any(text.count(tag) != 1 for tag in tags):
         return 0.0
@@ -56,9 +56,10 @@ def _is_visible(text: str) -> bool:
 def answer_format(sample: RewardSample) -> float:
     """1 if a completion has exactly one <answer>...</answer>, with content, which stands in no
     thought; else 0. Text around it is allowed."""
-    before, _, rest = sample.completion.partition("<answer>")
+    text = sample.assistant_turn
+    before, _, rest = text.partition("<answer>")
     inside, _, after = rest.partition("</answer>")
-    if any(sample.completion.count(tag) != 1 for tag in ("<answer>", "</answer>")):
+    if any(text.count(tag) != 1 for tag in ("<answer>", "</answer>")):
         return 0.0
     in_thought = before.rfind("<think>") > before.rfind("</think>") or "</think>" in after
     return float(_is_visible(inside) and not in_thought)
@@ -98,7 +99,8 @@ def reasoning_gym(
         dataset_parameters: with which it was made. Unset: the source's.
 
     Raises:
-        ValueError: there is no such dataset, or the row does not say which.
+        ValueError: there is no such dataset, the row does not say which, or its verifier pays for
+            an answer that says nothing.
     """
     name = dataset
     if name is None:
@@ -109,11 +111,29 @@ def reasoning_gym(
                 "the row has no metadata.source_dataset: name the dataset in the reward's "
                 "parameters, e.g. {function: reasoning_gym, parameters: {dataset: chain_sum}}"
             )
-    verifier, example = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
-    answer = extract_answer(sample.completion)
-    if not answer:
-        return 0.0
-    entry = _with_types_of(example, dict(sample.entry)) if example else dict(sample.entry)
+    verifier = _gym_verifier(name, json.dumps(dataset_parameters or {}, sort_keys=True))
+    answer = extract_answer(sample.assistant_turn)
+    if not answer or answer.strip("+-").casefold() in ("nan", "inf", "infinity"):
+        return 0.0  # some verifiers find that nan is within their tolerance
+    entry = dict(sample.entry)
+    score = _verified(verifier, answer, entry)
+    if score < 1 and dataset_parameters is None:
+        # Perhaps a row from a file, where tuples have become lists; verifiers compare with ==.
+        as_made = entry | {"metadata": _with_tuples(entry.get("metadata"))}
+        score = max(score, _verified(verifier, answer, as_made))
+    if score >= 1 and _verified(verifier, _NO_ANSWER, entry) >= 1:
+        raise ValueError(
+            f"reasoning-gym's verifier of {name!r} gives full marks to {_NO_ANSWER!r}, so any "
+            f"answer would be right; take the reward accuracy for its rows"
+        )
+    return score
+
+
+_NO_ANSWER = "no answer at all"
+_Verifier = Callable[[str, dict[str, Any]], float]
+
+
+def _verified(verifier: _Verifier, answer: str, entry: dict[str, Any]) -> float:
     try:
         score = float(verifier(answer, entry))
     except (Exception, SystemExit) as error:  # noqa: BLE001 (verifiers raise anything)
@@ -121,42 +141,20 @@ def reasoning_gym(
     return score if math.isfinite(score) else Unreadable(f"the verifier gave {score}")
 
 
-_Verifier = Callable[[str, dict[str, Any]], float]
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_with_tuples, value))
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return value
 
 
 @lru_cache(maxsize=256)
-def _gym_verifier(name: str, parameters: str) -> tuple[_Verifier, Mapping[str, Any] | None]:
-    """A dataset's verifier, and a row as the dataset makes it if that has types which a row does
-    not keep in a file."""
+def _gym_verifier(name: str, parameters: str) -> _Verifier:
     from reasoning_gym import create_dataset
 
-    dataset = create_dataset(name, **json.loads(parameters))
-    made = dataset[0]
-    try:
-        is_kept = json.loads(json.dumps(made)) == made
-    except (TypeError, ValueError):
-        is_kept = True  # such rows cannot be in a file
-    return dataset.score_answer, None if is_kept else made
-
-
-def _with_types_of(example: Any, value: Any) -> Any:
-    """A value that has been through JSON with the example's tuples and keys: verifiers compare
-    with ==, and [1] is not (1,)."""
-    if isinstance(example, tuple | list) and isinstance(value, tuple | list) and example:
-        # Items of one kind, or fields in a fixed order.
-        kinds = example if len(example) == len(value) else [example[0]] * len(value)
-        return type(example)(
-            _with_types_of(kind, item) for kind, item in zip(kinds, value, strict=True)
-        )
-    if isinstance(example, Mapping) and isinstance(value, Mapping) and example:
-        some_key, some_value = next(iter(example.items()))
-        restored = {}
-        for key, item in value.items():
-            if isinstance(some_key, int) and isinstance(key, str) and key.lstrip("-").isdigit():
-                key = int(key)
-            restored[key] = _with_types_of(example.get(key, some_value), item)
-        return restored
-    return value
+    score: _Verifier = create_dataset(name, **json.loads(parameters)).score_answer
+    return score
 
 
 def check_truth(

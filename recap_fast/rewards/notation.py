@@ -103,6 +103,11 @@ def clean(text: str) -> str:
     return text
 
 
+def clean_lines(text: str) -> str:
+    """A text cleaned line by line."""
+    return "\n".join(clean(line) for line in text.splitlines())
+
+
 def _unwrap(match: re.Match[str]) -> str:
     """What \\text{...} holds, apart from a number before it: 5\\text{m}."""
     before = match.string[: match.start()].rstrip()[-1:]

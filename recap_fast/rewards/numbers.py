@@ -7,7 +7,7 @@ rounding, if it has at least ten significant digits: 0.3333333333 is 1/3, and 0.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -64,19 +64,16 @@ def read_number(text: str, *, strict: bool = False) -> Quantity | None:
     if match is None or (match["sign"] and match["sign2"]):
         return None
     number = _value(match)
-    if number is None:
+    unit = read_unit(text[match.end() :], strict=strict)
+    if number is None or unit is None:
         return None
-    rest = text[match.end() :]
-    unit = read_unit(rest, strict=strict)
-    if unit is None:
-        return None
-    scale, unit = _scale(unit)
-    number["value"] *= scale
-    if match["currency"]:
-        unit = (_SYMBOLS.get(match["currency"].strip()[-1], match["currency"].strip()), *unit)
-        unit = tuple(dict.fromkeys(unit))
-    is_percent = unit[:1] == ("%",)
-    return Quantity(unit=unit[1:] if is_percent else unit, is_percent=is_percent, **number)
+    if unit and unit[0] in _SCALES:
+        number, unit = replace(number, value=number.value * _SCALES[unit[0]]), unit[1:]
+    if currency := match["currency"].strip():
+        unit = tuple(dict.fromkeys((_SYMBOLS[currency[-1]], *unit)))
+    if unit[:1] == ("%",):
+        return replace(number, unit=unit[1:], is_percent=True)
+    return replace(number, unit=unit)
 
 
 def _as_line(text: str) -> str:
@@ -90,32 +87,27 @@ def _as_line(text: str) -> str:
     return match[1] + match[2] if match else text
 
 
-def _value(match: re.Match[str]) -> dict[str, object] | None:
+def _value(match: re.Match[str]) -> Quantity | None:
     sign = -1 if "-" in (match["sign"], match["sign2"]) else 1
     if match["top"]:
-        top, bottom = _plain(match["top"]), _plain(match["bottom"])
-        if not bottom or (match["whole"] and top >= bottom):
+        top, bottom, whole = _plain(match["top"]), _plain(match["bottom"]), match["whole"]
+        if not bottom or (whole and top >= bottom):
             return None
-        return {"value": sign * (int(match["whole"] or 0) + top / bottom), "is_fraction": True}
-    power = match["power"] or match["power2"]
-    if power:
-        exponent = int(power.replace(" ", ""))
-        return (
-            None
-            if abs(exponent) > _LARGEST_EXPONENT
-            else {"value": sign * Fraction(10) ** exponent}
-        )
-    written = match["digits"].replace(",", "").replace(" ", "")
-    exponent = int((match["exponent"] or match["times"] or match["times2"] or "0").replace(" ", ""))
+        return Quantity(sign * (int(whole or 0) + top / bottom), is_fraction=True)
+    written = (match["digits"] or "1").replace(",", "").replace(" ", "")
+    powers = ("power", "power2", "exponent", "times", "times2")
+    exponent = int(next((match[p] for p in powers if match[p]), "0").replace(" ", ""))
     if abs(exponent) > _LARGEST_EXPONENT:
         return None
     scale = Fraction(10) ** exponent
-    number: dict[str, object] = {"value": sign * _plain(written) * scale}
-    if "." in written.rstrip("."):
-        places = len(written.rpartition(".")[2])
-        number["digits"] = len(written.replace(".", "").lstrip("0"))
-        number["last_place"] = Fraction(1, 10**places) * scale
-    return number
+    value = sign * _plain(written) * scale
+    if "." not in written.rstrip("."):
+        return Quantity(value)
+    return Quantity(
+        value,
+        digits=len(written.replace(".", "").lstrip("0")),
+        last_place=scale / 10 ** len(written.rpartition(".")[2]),
+    )
 
 
 def _plain(digits: str) -> Fraction:
@@ -131,9 +123,9 @@ def same_value(one: Quantity, other: Quantity) -> bool:
     difference = abs(one.value - other.value)
     if not difference:
         return True
-    if max(one.digits, other.digits) >= _FLOAT_DIGITS:
-        if difference <= _FLOAT_NOISE * max(abs(one.value), abs(other.value)):
-            return True
+    noise = _FLOAT_NOISE * max(abs(one.value), abs(other.value))
+    if max(one.digits, other.digits) >= _FLOAT_DIGITS and difference <= noise:
+        return True
     for decimal, exact in ((one, other), (other, one)):
         if decimal.last_place is not None and decimal.digits >= _FEWEST_DIGITS_OF_A_ROUNDING:
             places = 1 if exact.is_fraction else Fraction(1, 2)
@@ -171,19 +163,14 @@ def same_number(answer: Quantity, truth: Quantity) -> bool:
 
 def _times(number: Quantity, factor: int) -> Quantity:
     place = None if number.last_place is None else number.last_place * factor
-    return Quantity(
-        number.value * factor,
-        is_fraction=number.is_fraction,
-        digits=number.digits,
-        last_place=place,
-    )
+    return replace(number, value=number.value * factor, last_place=place)
 
 
 def _same_unit(answer: tuple[str, ...], truth: tuple[str, ...]) -> bool:
     if not answer or not truth or answer == truth:
         return True
     if answer[: len(truth)] == truth:  # 12 dollars in total
-        return answer[len(truth)] not in ("/", "^2", "^3", "of") and not truth == ("deg",)
+        return answer[len(truth)] not in ("/", "^2", "^3", "of") and truth != ("deg",)
     return truth[0] == "deg" == answer[0] and 1 in (len(answer), len(truth))
 
 
@@ -220,42 +207,9 @@ _ATTACHED_LETTERS = set("mgsLlhNVWJKAC")  # one letter right behind a number may
 _SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
-_NOT_IN_UNITS = set(
-    [
-        "or",
-        "and",
-        "not",
-        "but",
-        "to",
-        "than",
-        "less",
-        "more",
-        "fewer",
-        "if",
-        "maybe",
-        "plus",
-        "minus",
-        "over",
-        "times",
-        "divided",
-        "nor",
-        "either",
-        "isn",
-        "is",
-        "are",
-        "was",
-        "wrong",
-        "no",
-        "never",
-        "except",
-        "x",
-        "y",
-        "z",
-        "i",
-        "e",
-        "am",
-        "pm",
-    ]
+_NOT_IN_UNITS = re.compile(
+    r"or|and|not|but|to|than|less|more|fewer|if|maybe|plus|minus|over|times|divided|nor|either|isn"
+    r"|is|are|was|wrong|no|never|except|x|y|z|i|e|am|pm"
 )
 _UNIT_TOKEN = re.compile(
     r"[^\W\d_]+(?:'s)?|\^\{?\(?-?\d\)?\}?|\^\\circ|\^\{\\circ\}|[%$€£¥₹₩¢/·\"′″]|\\[A-Za-z]+"
@@ -283,7 +237,7 @@ def read_unit(rest: str, *, strict: bool) -> tuple[str, ...] | None:
     power = ""
     for token in tokens:
         lower = token.casefold()
-        if lower in _NOT_IN_UNITS or (token.startswith("\\") and token != "\\circ"):
+        if _NOT_IN_UNITS.fullmatch(lower) or (token.startswith("\\") and token != "\\circ"):
             return None
         if token in ("^\\circ", "^{\\circ}"):
             unit.append("deg")
@@ -332,10 +286,3 @@ def _is_surely_a_unit(tokens: list[str], unit: list[str]) -> bool:
         return True
     # One word in small letters: 5 apples.
     return len(tokens) == 1 and len(tokens[0]) > 2 and tokens[0].islower()
-
-
-def _scale(unit: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
-    """A number word such as million, and the unit after it."""
-    if unit and unit[0] in _SCALES:
-        return _SCALES[unit[0]], unit[1:]
-    return 1, unit

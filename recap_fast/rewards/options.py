@@ -9,7 +9,7 @@ from typing import Any
 
 from recap_fast.rewards.commitment import claims, extract_answer
 from recap_fast.rewards.equality import same
-from recap_fast.rewards.notation import clean, words
+from recap_fast.rewards.notation import clean, clean_lines, words
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def right_options(truth: Any, options: Options) -> frozenset[int]:
     found: set[int] = set()
     if isinstance(truth, str):
         text = extract_answer(truth)
-        found = _by_label(text, options) or _by_text(text, options) or _by_labels(text, options)
+        readings = (_by_label, _by_text, _by_labels, _by_label_and_text)
+        found = next((named for read in readings if (named := read(text, options))), set())
     elif isinstance(truth, int) and not isinstance(truth, bool) and 0 <= truth < len(options.texts):
         found = {truth}
     if not found:
@@ -77,7 +78,7 @@ def right_options(truth: Any, options: Options) -> frozenset[int]:
 def names_right_options(answer: str, right: frozenset[int], options: Options) -> bool:
     """Whether an answer names the right options and no other. Options with the same text are the
     same option."""
-    for text in (answer, *claims(clean(answer))):
+    for text in (answer, *claims(clean_lines(answer))):
         named = _named(text, options)
         if named is not None:
             return all(
@@ -134,7 +135,7 @@ def _by_text(text: str, options: Options) -> set[int]:
 
 
 _LABEL_AND_REST = re.compile(
-    rf"{_LEAD}(?:[(\[{{]\s*(\w{{1,2}})\s*[)\]}}]\s*[.:,-]?|(\w{{1,2}})\s*[.:)]|([A-Z])\s+[-=]|([A-Z])(?=\s))"
+    rf"{_LEAD}(?:[(\[{{]\s*(\w{{1,2}})\s*[)\]}}]\s*[.:,-]?|(\w{{1,2}})\s*[.:)]|([A-Z])\s+[-=]|([A-Z]),?(?=\s))"
     r"\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -191,7 +192,8 @@ def _by_labels(text: str, options: Options) -> set[int]:
     if len(parts) == 1 and re.fullmatch(r"[A-Z]{2,}", text):
         parts = list(text)
     found = [_by_label(part, options) for part in parts]
-    return set().union(*found) if len(parts) > 1 and all(found) else set()
+    named = set().union(*found)
+    return named if len(named) == len(parts) > 1 and all(found) else set()
 
 
 def _by_texts(text: str, options: Options) -> set[int]:

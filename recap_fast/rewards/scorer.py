@@ -41,7 +41,7 @@ _START_SECONDS = 60.0
 _BATCHES_PER_WORKER = 4  # evens out their load
 
 _Outcome = tuple[str, Any]
-"""("value", float), ("absent", None), ("unreadable", why), or how it failed and the error's text."""
+"""("value", float), ("absent", None), ("unreadable", why), or how it failed and why."""
 _Job = tuple[int, RewardSample]
 """Which of the scorer's rewards, and of what."""
 

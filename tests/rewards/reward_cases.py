@@ -40,7 +40,7 @@ def misbehave(sample, how="ok"):
         "int": 3,
         "array": np.array(0.5),
         "truth": np.array(True),
-        "coroutine": (0.5 for _ in "x"),
+        "generator": (0.5 for _ in "x"),
     }.get(what, 0.25)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from recap_fast.rewards.functions import (
@@ -11,6 +13,7 @@ from recap_fast.rewards.functions import (
     reasoning_gym,
     thinking_format,
 )
+from recap_fast.rewards.unreadable import Unreadable
 from recap_fast.types import RewardSample
 
 
@@ -37,14 +40,23 @@ def test_names():
     ("completion", "expected"),
     [
         ("so <answer> 4 </answer>.", "4"),
-        ("<answer>3</answer> no, <answer>4</answer>", "4"),
+        ("<answer>3</answer> no, <answer>4</answer>", ""),
+        ("<answer>4</answer> yes, <answer> 4 </answer>", "4"),
+        ("<answer>4</answer> or \\boxed{5}", ""),
+        ("in <answer> </answer> tags: <answer>4</answer>", "4"),
+        ("\\boxed{3} or \\boxed{4}", ""),
+        ("\\boxed{\\boxed{4}}", "4"),
+        ("2 + 2\n#### 4", "4"),
         ("<answer>3 <answer>4</answer>", "4"),
         ("<think>\\boxed{3}</think> It is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("<think>3</think> 4", "4"),
         ("It is 4", "It is 4"),
-        ("<answer>4", "<answer>4"),
-        ("4</answer>", "4</answer>"),
-        ("\\boxed{4", "\\boxed{4"),
+        ("<answer>4", ""),
+        ("4</answer>", ""),
+        ("\\boxed{4", ""),
+        ("<think>\\boxed{4} <answer>4</answer>", ""),
+        ("<answer>4</answer><think>or", ""),
+        ("<think><answer>4</answer></think> 5", "5"),
         ("", ""),
     ],
 )
@@ -131,7 +143,21 @@ def test_long_answers_count_by_their_end():
     assert accuracy(tagged("I add 1 and 2 again. " * 200 + "So it is 42.", "42")) == 1.0
 
 
-@pytest.mark.parametrize("truth", [None, "", ["42"], True])
+@pytest.mark.parametrize(
+    "truth",
+    [
+        None,
+        "",
+        [],
+        [""],
+        ["4", None],
+        [["4"]],
+        True,
+        float("nan"),
+        float("inf"),
+        ["4", float("-inf")],
+    ],
+)
 def test_accuracy_with_an_unusable_truth(truth):
     with pytest.raises((TypeError, ValueError), match="truth"):
         accuracy(tagged("42", truth))
@@ -168,6 +194,9 @@ def test_multiple_choice_with_an_unusable_truth(truth):
         ("<think>a<answer>x</answer></think><answer>b</answer>", 0),
         ("<think> </think><answer>b</answer>", 0),
         ("<think>a</think><answer> </answer>", 0),
+        ("<think>a</think><answer>\u200b</answer>", 0),
+        ("<think>\u200b</think><answer>b</answer>", 0),
+        ("<think>...</think><answer>b</answer>", 0),
         ("<answer>b</answer><think>a</think>", 0),
         ("<answer>b</answer>", 0),
         ("<think>a</think>", 0),
@@ -190,6 +219,11 @@ def test_thinking_format_that_the_prompt_opens():
         ("It is <answer>4</answer> then.", 1),
         ("<answer></answer>", 0),
         ("<answer> \n</answer>", 0),
+        ("<answer>\u200b\u2060</answer>", 0),
+        ("<think>x</think><answer>4</answer>", 1),
+        ("<think><answer>4</answer></think>", 0),
+        ("<think><answer>4</answer>", 0),
+        ("<answer>4</answer></think>", 0),
         ("<answer>4", 0),
         ("4</answer>", 0),
         ("</answer>4<answer>", 0),
@@ -242,6 +276,50 @@ def test_reasoning_gym_asks_the_datasets_verifier():
     wrong = sample("<answer>1</answer>", entry["answer"], entry)
     assert reasoning_gym(right) == dataset.score_answer(expression, entry) == 1.0
     assert reasoning_gym(wrong) == dataset.score_answer("1", entry) < 1.0
+
+
+@pytest.mark.parametrize("text", ["I do not know", "12 x 5", "[2, 3]", "", "1/0", "\x00"])
+@pytest.mark.parametrize("name", ["prime_factorization", "boxnet", "game_of_life"])
+def test_reasoning_gym_gives_nothing_for_what_its_verifier_breaks_on(name, text):
+    import reasoning_gym as gym
+
+    entry = gym.create_dataset(name, seed=1, size=1)[0]
+    answer = sample(f"<answer>{text}</answer>", entry["answer"], entry)
+    assert reasoning_gym(answer, dataset=name) < 0.1
+
+
+def test_reasoning_gym_says_why_an_answer_could_not_be_read():
+    entry = {"answer": "2 × 3", "metadata": {}}
+    answer = sample("<answer>two</answer>", "2 × 3", entry)
+    found = reasoning_gym(answer, dataset="prime_factorization")
+    assert isinstance(found, Unreadable)
+    assert "ValueError" in found.reason
+
+
+def test_reasoning_gym_refuses_a_verifier_that_pays_for_anything():
+    entry = {"answer": "True", "metadata": {}}
+    with pytest.raises(ValueError, match="game_of_life_halting.*any answer would be right"):
+        reasoning_gym(sample("<answer>x</answer>", "True", entry), dataset="game_of_life_halting")
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf"])
+def test_reasoning_gym_pays_for_no_infinity(text):
+    import reasoning_gym as gym
+
+    entry = gym.create_dataset("complex_arithmetic", seed=1, size=1)[0]
+    answer = sample(f"<answer>{text}</answer>", entry["answer"], entry)
+    assert reasoning_gym(answer) == 0.0
+
+
+@pytest.mark.parametrize("name", ["arc_agi", "rearc", "chain_sum"])
+def test_reasoning_gym_rows_may_come_from_a_file(name):
+    import reasoning_gym as gym
+
+    made = gym.create_dataset(name, seed=1, size=1)[0]
+    read = json.loads(json.dumps(made))
+    for entry in (made, read):
+        right = sample(f"<answer>{made['answer']}</answer>", made["answer"], entry)
+        assert reasoning_gym(right) == 1.0
 
 
 def test_reasoning_gym_needs_the_datasets_name():

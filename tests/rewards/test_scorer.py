@@ -214,7 +214,7 @@ def test_values_that_are_fine(cases, text, value):
         ("exit", "raised"),
         ("text", "invalid"),
         ("list", "invalid"),
-        ("coroutine", "invalid"),
+        ("generator", "invalid"),
         ("nan", "invalid"),
         ("inf", "invalid"),
         ("huge", "invalid"),
@@ -381,3 +381,43 @@ def test_a_pool_that_breaks_under_two_steps_is_replaced_once():
         scores.pool.stop()
         scores.pool.join()
         assert [step.table().values.sum() for step in steps] == [1.0, 1.0]
+
+
+# -- answers on which a built-in breaks
+
+
+def test_an_answer_that_hangs_a_built_in_is_wrong_and_no_failure(monkeypatch):
+    # A stand-in for what hangs a parser: the accuracy of a completion whose worker never returns.
+    with scorer({"r": f"{CASES}:misbehave", "a": "accuracy"}, ("r", "a"), timeout=30) as scores:
+        scoring = scores.start(16)
+        scoring.add([rollout("<answer>4</answer>"), rollout("<answer>5</answer>")])
+        for call, (reward, _) in enumerate(scoring._jobs):
+            if scores.rewards[reward].objective == "a":
+                error = TimeoutError()
+                assert scoring._failed_call(call, error)[0] == "unreadable"
+            else:
+                assert scoring._failed_call(call, TimeoutError())[0] == "timeout"
+        assert scoring.table().values[:, 1].tolist() == [1.0, 0.0]
+
+
+def test_answers_that_break_a_verifier_never_end_the_run():
+    gym = source({"r": "reasoning_gym"}, reasoning_gym="prime_factorization")
+    rows = [
+        rollout(f"<answer>{text}</answer>", "2 × 3", entry={"answer": "2 × 3", "metadata": {}})
+        for text in ("2 × 3", "two", "I do not know")
+    ]
+    with RewardScorer([gym], objectives("r"), RewardsConfig(max_failure_fraction=0.0)) as scores:
+        table = scores.score(rows, 16)
+        assert "ValueError" in scores.first_errors["r/unreadable"]
+        assert scores.unreadable == {"r": 2}
+    assert table.values[1:, 0].tolist() == [0.0, 0.0]
+    assert table.unreadable == {"r": 2}
+    assert table.failures == {}
+    assert not scores.failures
+
+
+def test_a_row_that_a_built_in_cannot_use_is_still_a_failure():
+    with scorer({"a": "accuracy"}, ("a",)) as scores:
+        table = scores.score([rollout("<answer>4</answer>", answer=float("nan"))], 16)
+    assert np.isnan(table.values).all()
+    assert table.failures == {"a/raised": 1}
