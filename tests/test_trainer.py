@@ -402,7 +402,7 @@ def test_a_model_with_dropout_and_sampling_settings(tmp_path):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256,
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=1024,
             bos_token_id=1, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2,
         )
     )  # fmt: skip
