@@ -57,6 +57,7 @@ from recap_fast.training.step_metrics import (
     column_means,
     device_metrics,
     host_metrics,
+    learnt_something,
 )
 from recap_fast.training.stop_signals import collect_stop_signals
 from recap_fast.types import (
@@ -124,7 +125,9 @@ class Trainer:
         supervised = [objective.kind == "loss" for objective in config.objectives]
         self._is_supervised = torch.tensor(supervised, device=self.policy.device)
         # [K] of the step before; NaN for rewards, and where that step had no row of the objective.
-        self._losses = torch.full((len(self._names),), torch.nan, device=self.policy.device)
+        self._losses = torch.full(
+            (len(self._names),), torch.nan, dtype=torch.float32, device=self.policy.device
+        )
         logger.info("starting the rollout engine (%s)", config.rollout.engine)
         self.engine = make_engine(
             config.rollout,
@@ -146,7 +149,8 @@ class Trainer:
             clear_folder(self.run_dir)
         save_config(config, self.run_dir / "config.yaml")
         self.metrics = MetricsWriter(self.run_dir, config, start_step=self.step)
-        self._owes_checkpoint = False
+        self._first_step = self.step
+        self._has_learnt = self._owes_checkpoint = False
 
     def _verify_sync(self) -> None:
         """Compares a few greedy tokens' log-probs before the first step is paid for."""
@@ -306,6 +310,7 @@ class Trainer:
         return self.reweighter.update(values, deviations=deviations)
 
     def _log(self, view: ProgressView, row: Mapping[str, Any]) -> None:
+        self._has_learnt |= learnt_something(row)
         self.metrics.write(row)
         view.update(row)
         if row.get("train/policy_tokens"):
@@ -315,6 +320,12 @@ class Trainer:
 
     def _summarise_losses(self) -> None:
         """Says at the end what was skipped and what failed, with the first error of each kind."""
+        if self.step > self._first_step and not self._has_learnt:
+            logger.warning(
+                "no step of %d learnt anything: in every group each reward was absent or the same "
+                "for all rollouts, or the gradients were not finite",
+                self.step - self._first_step,
+            )
         for what, count in self.stream.skipped.items():
             logger.warning("skipped rows: %s: %d", what, count)
         for what, count in self.stream.noted.items():

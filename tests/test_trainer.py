@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from recap_fast.config import ConfigError, load_config
 from recap_fast.model.policy import ModelError
 from recap_fast.report.metrics import read_metrics
+from recap_fast.report.page import write_report
 from recap_fast.trainer import Trainer
 from recap_fast.training.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.training.run_folder import lock_folder
 from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
+from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -337,6 +339,127 @@ def test_failing_evaluation_loses_no_step(tmp_path, model):
     trainer.close()
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000002"
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_fails_is_tried_again_at_the_next_step(
+    tmp_path, model, monkeypatch, caplog
+):
+    config = tiny_config(tmp_path, model, "evaluation.before=false", "evaluation.after=false")
+    trainer = Trainer(config)
+    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
+    log = trainer._log
+
+    def free_the_disk_at_step_3(view, row):
+        log(view, row)
+        if row["step"] == 3:
+            monkeypatch.undo()
+
+    trainer._log = free_the_disk_at_step_3
+    assert trainer.train()
+    trainer.close()
+    names = [path.name for path in list_checkpoints(trainer.run_dir / "checkpoints")]
+    assert names == ["step-000003", "step-000004"]
+    assert sum("step-000002: cannot be written" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_run_whose_last_checkpoint_fails_is_no_success(tmp_path, model, monkeypatch):
+    config = tiny_config(tmp_path, model, "training.steps=1", "evaluation.before=false",
+                         "evaluation.after=false")  # fmt: skip
+    trainer = Trainer(config)
+    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
+    with pytest.raises(CheckpointError, match="step-000001: cannot be written: .*No space"):
+        trainer.train()
+    trainer.close()
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_fails_too(tmp_path, model, monkeypatch):
+    config = tiny_config(tmp_path, model, "training.steps=2", "evaluation.before=false")
+    trainer = Trainer(config)
+
+    def fail(*args):
+        raise UserError("no evaluation today")
+
+    monkeypatch.setattr("recap_fast.training.evaluate.Evaluator.run", fail)
+    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
+    with pytest.raises(UserError, match="today"):
+        trainer.train()
+    trainer.close()
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_before_training(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full_disk)
+    with pytest.raises(CheckpointError, match="cannot be written: .*No space"):
+        Trainer(tiny_config(tmp_path, model))
+
+
+def test_a_model_with_dropout_and_sampling_settings(tmp_path):
+    """Its pass is that of the sampler, to the rounding, and its checkpoint can be loaded."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=1024,
+            bos_token_id=1, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    config = tiny_config(
+        tmp_path, tmp_path / "gpt2", "training.steps=1", "evaluation.before=false",
+        "evaluation.after=false", "model.reference=initial", "loss.kl_coef=0.01",
+        "model.gradient_checkpointing=true",
+    )  # fmt: skip
+    trainer = train(config)
+    row = read_metrics(trainer.run_dir)[-1]
+    assert abs(row["kl"]) < 1e-6
+    assert row["rollout/logprob_diff_max"] < 1e-4
+    saved = list_checkpoints(trainer.run_dir / "checkpoints")[-1]
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert loaded.generation_config.temperature in (None, 1.0)
+
+
+@pytest.mark.parametrize("reward", ["constant", "none"])
+def test_steps_without_a_signal_measure_nothing_and_say_so(tmp_path, model, caplog, reward):
+    config = tiny_config(tmp_path, model, "training.steps=2", "evaluation.before=false",
+                         "evaluation.after=false")  # fmt: skip
+    (source, _) = config.data.sources
+    rewards = {"constant": f"tests.tiny_rewards:{reward}"}
+    only = source.model_copy(update={"rewards": rewards, "held_out": 0})
+    data = config.data.model_copy(update={"sources": [only], "mixing": "uniform"})
+    trainer = train(config.model_copy(update={"data": data}))
+    for row in read_metrics(trainer.run_dir):
+        for name in ("entropy", "kl", "grad_norm", "clip_fraction/constant",
+                     "rollout/logprob_diff_mean", "rollout/logprob_diff_max"):  # fmt: skip
+            assert row[name] is None, name
+        assert row["train/packed_tokens"] == row["skipped_updates"] == 0
+        assert row["rollout/completion_tokens"] > 0
+    assert [r for r in caplog.records if "no step of 2 learnt anything" in r.getMessage()]
+    page = write_report(trainer.run_dir).read_text()
+    assert "steps that trained nothing" in page
+
+
+def test_a_run_that_learns_is_not_said_to_have_learnt_nothing(tmp_path, model, caplog):
+    config = tiny_config(tmp_path, model, "training.steps=1", "evaluation.before=false",
+                         "evaluation.after=false")  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # the caller's, which is none of the trainer's business
+    try:
+        trainer = train(config)
+    finally:
+        torch.set_default_dtype(before)
+    (row,) = read_metrics(trainer.run_dir)
+    assert not [r for r in caplog.records if "learnt anything" in r.getMessage()]
+    config = tiny_config(tmp_path, model, "training.steps=1", "evaluation.before=false",
+                         "evaluation.after=false", f"run={tmp_path / 'again'}")  # fmt: skip
+    (again,) = read_metrics(train(config).run_dir)
+    assert without_times([row]) == without_times([again])
 
 
 def test_run_that_cannot_be_a_folder(tmp_path, model):

@@ -116,7 +116,7 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
         terms = torch.where(on_policy, is_weight * gain, torch.zeros_like(logp))
         terms = terms + torch.where(supervised, logp, torch.zeros_like(logp))
         losses.append(-(scale * terms).sum() / denominator)
-        clip_fraction.append((clipped & on_policy).sum().to(dtype) / on_policy.sum().clamp(min=1))
+        clip_fraction.append((clipped & on_policy).sum(dtype=dtype) / on_policy.sum().clamp(min=1))
     objective_losses = torch.stack(losses)
     loss = (_lambda(a, k).to(dtype) * objective_losses).sum() / k
 

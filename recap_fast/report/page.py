@@ -257,7 +257,10 @@ def _counter_section(history: RunHistory) -> str:
     for key in history.keys("skipped/"):
         _, values = history.series(key)
         counts.append((key, int(values[-1]) if len(values) else 0))
+    _, packed = history.series("train/packed_tokens")
+    counts.append(("idle/no reward told the rollouts of a group apart", int((packed == 0).sum())))
     names = {
+        "idle": "steps that trained nothing",
         "failed": "failed rewards",
         "unreadable": "answers that could not be read (reward 0)",
         "skipped": "skipped rows",

@@ -167,7 +167,7 @@ class _Decoder:
         n, steps = self._n, self._sampling.max_new_tokens
         num_rows = len(self._rows)
         sampled = torch.zeros(num_rows, steps, dtype=torch.int64, device=self._rows.device)
-        logprobs = torch.zeros(num_rows, steps, device=self._rows.device)
+        logprobs = torch.zeros(num_rows, steps, dtype=torch.float32, device=self._rows.device)
         lengths = torch.full((num_rows,), steps, device=self._rows.device)
         logits = self._prefill().repeat_interleave(n, dim=0)  # [R, V]
         alive = torch.ones(num_rows, dtype=torch.bool, device=self._rows.device)  # [R]

@@ -217,7 +217,7 @@ def verify_sync(
     stale = _stale(differences, 0.0)
     with inference_state(model, engine.dtype):
         pairs = [
-            (sequence_logprobs(model, rollout), torch.tensor(rollout.logprobs))
+            (sequence_logprobs(model, rollout), torch.tensor(rollout.logprobs, dtype=torch.float32))
             for rollout in rollouts
         ]
     ours, theirs = (torch.cat([pair[side].cpu() for pair in pairs]) for side in (0, 1))

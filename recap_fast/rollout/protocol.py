@@ -140,4 +140,5 @@ def build_rollouts(
 
 def column_picks(num_columns: int, count: int) -> Tensor:
     """Evenly spaced column numbers, at most `count`, for comparing a sample of a weight."""
-    return torch.linspace(0, num_columns - 1, min(count, num_columns)).long()
+    picks = torch.linspace(0, num_columns - 1, min(count, num_columns), dtype=torch.float32)
+    return picks.long()

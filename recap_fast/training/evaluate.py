@@ -81,7 +81,7 @@ class Evaluator:
             attention=self.policy.attention,
             vision=self.policy.vision,
         )
-        totals = torch.zeros(2, device=self.policy.device)
+        totals = torch.zeros(2, dtype=torch.float32, device=self.policy.device)
         with evaluating(self.policy.model):
             for batch in update.batches:
                 totals += _loss_and_hits(self.policy, batch.to(self.policy.device))
@@ -94,7 +94,7 @@ def _loss_and_hits(policy: Policy, batch: PackedBatch) -> Tensor:
     """Sums over the batch's targets: [2], loss and first choices."""
     head = policy.head
     weight = head.weight.to(policy.compute_dtype)
-    totals = torch.zeros(2, device=policy.device)
+    totals = torch.zeros(2, dtype=torch.float32, device=policy.device)
     chunks = zip(
         policy.hidden(batch).split(_ROWS_PER_CHUNK),
         batch.targets.split(_ROWS_PER_CHUNK),

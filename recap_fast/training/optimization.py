@@ -24,15 +24,15 @@ from recap_fast.training.packing import PackedUpdate
 
 @dataclass(slots=True)
 class UpdateStats:
-    """What an optimizer step leaves on the device. All float32."""
+    """What an optimizer step leaves on the device. All float32; NaN: nothing to measure."""
 
     objective_losses: Tensor  # [K] unweighted; NaN where the update has nothing of the objective
-    clip_fraction: Tensor  # [K] share of the objective's policy tokens
+    clip_fraction: Tensor  # [K] share of the objective's policy tokens that were trained
     entropy: Tensor  # [] mean over the policy tokens that were trained
-    kl: Tensor  # [] mean over policy tokens
+    kl: Tensor  # [] the same; NaN without a reference
     logprob_diff_mean: Tensor  # [] mean |trainer - engine| over the policy tokens that were trained
     logprob_diff_max: Tensor  # []
-    grad_norm: Tensor  # [] before clipping
+    grad_norm: Tensor  # [] before clipping; NaN where nothing was trained
     skipped: Tensor  # [] 1 where the gradient was not finite and the step was skipped
 
 
@@ -54,13 +54,16 @@ def combine_stats(stats: Sequence[UpdateStats], updates: Sequence[PackedUpdate])
         values = torch.stack([getattr(item, name) for item in stats])
         return torch.where(weights > 0, values * weights, 0.0).sum(0) / weights.sum(0)
 
+    clip_fraction = torch.stack([item.clip_fraction for item in stats])
+    largest = torch.stack([item.logprob_diff_max for item in stats])
+
     return UpdateStats(
         objective_losses=mean("objective_losses", counts),
-        clip_fraction=mean("clip_fraction", counts),
+        clip_fraction=mean("clip_fraction", counts.where(~clip_fraction.isnan(), 0.0)),
         entropy=mean("entropy", tokens),
         kl=mean("kl", tokens),
         logprob_diff_mean=mean("logprob_diff_mean", tokens),
-        logprob_diff_max=torch.stack([item.logprob_diff_max for item in stats]).max(),
+        logprob_diff_max=torch.where(tokens.any(), largest.where(tokens > 0, 0.0).max(), torch.nan),
         grad_norm=mean("grad_norm", trained),
         skipped=torch.stack([item.skipped for item in stats]).sum(),
     )
@@ -113,11 +116,18 @@ class PolicyOptimizer:
         clippable = torch.zeros_like(stats.clip_fraction)
         for batch in update.batches:
             self._accumulate(batch, update, objective_weights, stats, clippable)
-        stats.clip_fraction /= clippable.clamp(min=1.0)
+        stats.clip_fraction /= clippable  # 0 / 0 of an objective that no token was trained on
         stats.objective_losses = torch.where(update.counts > 0, stats.objective_losses, torch.nan)
+        if not update.num_policy_tokens:
+            for value in (stats.entropy, stats.kl, stats.logprob_diff_mean, stats.logprob_diff_max):
+                value.fill_(torch.nan)
+        if self.reference is None:
+            stats.kl.fill_(torch.nan)
         if update.batches:
             with self._without_idle_tower(update):
                 self._apply(lr, stats)
+        else:
+            stats.grad_norm.fill_(torch.nan)
         return stats
 
     @contextmanager
@@ -171,7 +181,7 @@ class PolicyOptimizer:
         output.loss.backward()
         is_policy = batch.token_objectives < 0
         # Sums here; the counts are known on the host and divide at the end.
-        share = is_policy.sum() / max(1, update.num_policy_tokens)
+        share = is_policy.sum(dtype=torch.float32) / max(1, update.num_policy_tokens)
         mean, largest = logprob_diff(output.logprobs, batch.rollout_logprobs, is_policy)
         stats.objective_losses += output.objective_losses
         present = ~torch.isnan(update.advantages.index_select(0, batch.sequence_ids))  # [N, K]
@@ -221,7 +231,7 @@ class PolicyOptimizer:
         device = update.advantages.device
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         k = self._num_objectives
         return UpdateStats(zeros(k), zeros(k), *(zeros() for _ in range(6)))

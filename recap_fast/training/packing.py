@@ -102,7 +102,9 @@ def pack_update(
         advantages=torch.from_numpy(table),
         counts=counts,
         denominators=counts.clamp(min=1.0),
-        kl_denominator=torch.tensor(float(_count(sequences[: len(rollouts)], config))),
+        kl_denominator=torch.tensor(
+            _count(sequences[: len(rollouts)], config), dtype=torch.float32
+        ),
         num_policy_tokens=sum(len(s.completion) for s in kept if s.objective < 0),
         num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
     )
@@ -274,7 +276,8 @@ def _pack(
         sequence_ids=_repeat([s.index for s in sequences], sequences),
         token_objectives=_repeat([s.objective for s in sequences], sequences),
         rollout_logprobs=torch.tensor(
-            [p for s in sequences for p in (s.logprobs or [0.0] * len(s.completion))]
+            [p for s in sequences for p in (s.logprobs or [0.0] * len(s.completion))],
+            dtype=torch.float32,
         ),
         images=vision.pack(images, image_index) if vision is not None and images else None,
     )

@@ -5,6 +5,7 @@ Shapes: S rollouts, K objectives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -67,6 +68,13 @@ def host_metrics(
     metrics |= {f"unreadable/{key}": count for key, count in rewards.unreadable.items()}
     metrics |= {f"skipped/{key}": count for key, count in skipped.items()}
     return metrics
+
+
+def learnt_something(row: Mapping[str, float | int | None]) -> bool:
+    """Whether a row of metrics is of a step that changed the model."""
+    # Not finite, the norm of the gradient is that of a step that was skipped; or there was none.
+    norm = row.get("grad_norm")
+    return norm is not None and math.isfinite(norm) and norm > 0
 
 
 def column_means(values: np.ndarray) -> np.ndarray:

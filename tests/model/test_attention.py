@@ -565,7 +565,7 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "recap_fast.model.policy")
     policy = load_policy(ModelConfig(path=folder, device="cpu"), folder)
     assert policy.attention is DOCUMENTED
-    assert asked == [("auto", AttentionNeeds(torch.device("cpu"), torch.bfloat16, 4, 2, 12, 0.0))]
+    assert asked == [("auto", AttentionNeeds(torch.device("cpu"), torch.bfloat16, 4, 2, 12))]
     assert "documented; varlen is broken" in caplog.text
 
 

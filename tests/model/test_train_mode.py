@@ -23,20 +23,10 @@ ROUTED = {"num_local_experts": 4, "num_key_value_heads": 2, "intermediate_size":
 # that are left out; routers that sample, or add noise (phimoe's is a threshold in evaluation).
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT | {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
-    "gptj": GPT | {"rotary_dim": 8, "attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
-    "gpt_neo": SIZES
-    | {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}
-    | {"resid_dropout": 0.5, "embed_dropout": 0.5, "attention_dropout": 0.5},
     "opt": SIZES
     | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
     | {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
-    "bloom": SIZES | {"hidden_dropout": 0.5, "attention_dropout": 0.5},
     "falcon": SIZES | {"hidden_dropout": 0.5, "attention_dropout": 0.5, "parallel_attn": False},
-    "gpt_neox": SIZES | {"intermediate_size": 64, "hidden_dropout": 0.5, "attention_dropout": 0.5},
-    "phi": SIZES | {"intermediate_size": 64, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
-    "starcoder2": SIZES
-    | {"intermediate_size": 64, "num_key_value_heads": 2}
-    | {"attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5},
     "qwen2": SIZES
     | {"intermediate_size": 64, "num_key_value_heads": 2, "attention_dropout": 0.5},
     "mixtral": SIZES | ROUTED | {"attention_dropout": 0.5, "router_jitter_noise": 0.5},

@@ -11,7 +11,7 @@ from recap_fast.model.policy import Policy
 from recap_fast.ops import fused_linear_policy_loss, logprobs, policy_loss
 from recap_fast.ops.launch import recording
 from recap_fast.training import optimization
-from recap_fast.training.optimization import PolicyOptimizer, learning_rate
+from recap_fast.training.optimization import PolicyOptimizer, combine_stats, learning_rate
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import SupervisedRow
 from tests.no_sync import ForbidHostSync
@@ -255,8 +255,43 @@ def test_update_without_gradient_leaves_weights_alone(config):
     policy = tiny_policy()
     before = parameters(policy)
     stats = PolicyOptimizer(policy, None, config).step(update, torch.ones(3), 1e-3)
-    assert stats.grad_norm.item() == 0
+    for name in ("grad_norm", "entropy", "kl", "logprob_diff_mean", "logprob_diff_max"):
+        assert getattr(stats, name).isnan(), name  # nothing was measured, and 0 would be a value
+    assert stats.clip_fraction.isnan().all()
+    assert stats.skipped.item() == 0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
+
+
+def test_supervised_rows_alone_have_a_gradient_and_no_policy(config):
+    _, _, rows = make_rows(3, 2, 4, 3)
+    update = pack_update(
+        [], np.empty((0, 3), np.float32), rows, [2] * 3, config=config.loss, max_tokens=1000
+    )
+    stats = PolicyOptimizer(tiny_policy(), None, config).step(update, torch.ones(3), 1e-3)
+    assert stats.grad_norm.item() > 0
+    assert stats.objective_losses[2].item() > 0
+    assert stats.entropy.isnan()
+    assert stats.logprob_diff_max.isnan()
+
+
+def test_updates_without_a_signal_leave_the_means_of_the_others(tmp_path):
+    config = tiny_config(tmp_path, tmp_path, "training.updates_per_rollout=2")
+    rollouts, advantages, _ = make_rows(3, 2, 4, 0)
+    idle = pack_update(
+        rollouts, np.zeros_like(advantages), [], [], config=config.loss, max_tokens=1000
+    )
+    busy = make_update(config)
+    optimizer = PolicyOptimizer(tiny_policy(), None, config)
+    updates = [idle, busy]
+    stats = [optimizer.step(update, torch.ones(3), 0.0) for update in updates]
+    both = combine_stats(stats, updates)
+    for name in ("grad_norm", "entropy", "logprob_diff_mean", "logprob_diff_max"):
+        torch.testing.assert_close(getattr(both, name), getattr(stats[1], name), msg=name)
+    torch.testing.assert_close(both.clip_fraction[:2], stats[1].clip_fraction[:2])
+    assert both.kl.isnan()
+    neither = combine_stats([stats[0]] * 2, [idle] * 2)
+    for name in ("grad_norm", "entropy", "kl", "logprob_diff_mean", "logprob_diff_max"):
+        assert getattr(neither, name).isnan(), name
 
 
 def test_mismatch_is_measured_over_policy_tokens(config):
@@ -290,7 +325,7 @@ def test_several_updates_use_the_sampled_logprobs(tmp_path):
         make_update(config), torch.ones(3), 1e-3
     )
     assert stats.clip_fraction[:2].min().item() > 0.1
-    assert stats.clip_fraction[2].item() == 0
+    assert stats.clip_fraction[2].isnan()  # supervised: there is no ratio
 
 
 def test_bfloat16_compute_moves_float32_weights_by_tiny_steps(config):
