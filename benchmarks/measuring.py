@@ -178,3 +178,26 @@ def gemm_tflops(shape: Shape, device: torch.device) -> float:
     hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
     seconds = median_seconds(partial(torch.mm, hidden, weight.t()), device)
     return shape.gemm_flops / 3 / seconds / 1e12
+
+
+def time_step(
+    step: Callable[[], Any],
+    benchmark: Any,
+    config: Any,
+    suite: str,
+    implementation: str,
+    size: str,
+    flops: float,
+    tokens: int,
+) -> None:
+    """Times an optimizer step of `flops` operations and `tokens` sampled tokens for a suite."""
+    benchmark.group = f"{suite} {size}"
+    benchmark.pedantic(step, rounds=max(2, config.getoption("--rounds") // 2), warmup_rounds=1)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info.update(
+        suite=suite,
+        implementation=implementation,
+        size=size,
+        tflops=flops / seconds / 1e12,
+        more={"completion tokens/s": tokens / seconds},
+    )

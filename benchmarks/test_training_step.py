@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.liger import patches_undone, skip_without_liger
+from benchmarks.measuring import time_step
 from benchmarks.training_step import WORKLOADS, Workload, model_flops, recap_step, trl_step
 
 RECAP = {"recap-fast": True, "recap-fast, no Liger": False}
@@ -50,15 +51,5 @@ def test_training_step(
         micro_batch = TRL[implementation](workload)
         step = trl_step(workload, device, str(tmp_path), micro_batch)
     size = f"{workload.name}, {workload.rollouts} rollouts x {workload.completion_tokens}"
-    benchmark.group = f"training_step {size}"
-    rounds = max(2, request.config.getoption("--rounds") // 2)
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
     tokens = workload.rollouts * workload.completion_tokens
-    benchmark.extra_info.update(
-        suite="training_step",
-        implementation=implementation,
-        size=size,
-        tflops=flops / seconds / 1e12,
-        more={"completion tokens/s": tokens / seconds},
-    )
+    time_step(step, benchmark, request.config, "training_step", implementation, size, flops, tokens)

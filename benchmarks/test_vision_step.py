@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.liger import patches_undone, skip_without_liger
+from benchmarks.measuring import time_step
 from benchmarks.vision_step import WORKLOADS, model_flops, vision_step
 
 STEPS: dict[str, dict[str, bool]] = {
@@ -36,16 +37,6 @@ def test_vision_step(
         f"{workload.name}, {workload.rollouts} rollouts x {workload.completion_tokens}, "
         f"{workload.prompts + workload.supervised} images"
     )
-    benchmark.group = f"vision_step {size}"
-    rounds = max(2, request.config.getoption("--rounds") // 2)
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
     flops = model_flops(workload, update, train_vision=settings.get("train_vision", False))
     tokens = workload.rollouts * workload.completion_tokens
-    benchmark.extra_info.update(
-        suite="vision_step",
-        implementation=implementation,
-        size=size,
-        tflops=flops / seconds / 1e12,
-        more={"completion tokens/s": tokens / seconds},
-    )
+    time_step(step, benchmark, request.config, "vision_step", implementation, size, flops, tokens)

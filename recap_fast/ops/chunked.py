@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from recap_fast.ops._autograd import empty_if_none
 from recap_fast.ops._validate import statistics_dtype
 from recap_fast.ops.rows import RowGradient, RowPass, blocks
 
@@ -74,6 +75,17 @@ class Wanted:
     def any(self) -> bool:
         return self.hidden or self.weight or self.bias
 
+    def fake_gradients(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Swept.gradients` gives, by shape and dtype only."""
+        bias = weight if bias is None else bias
+        return (
+            hidden.new_empty(hidden.shape if self.hidden else 0),
+            weight.new_empty(weight.shape if self.weight else 0),
+            bias.new_empty(bias.shape if self.bias else 0),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Swept:
@@ -84,6 +96,17 @@ class Swept:
     d_hidden: Tensor | None  # [N, H], dtype of hidden
     d_weight: Tensor | None  # [V, H], dtype of `Head.weight_sum_dtype`
     d_bias: Tensor | None  # [V], in the statistics' dtype
+
+    def gradients(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the operands in their dtypes; empty where there is none, for operators."""
+        bias = weight if bias is None else bias
+        return (
+            empty_if_none(self.d_hidden, hidden),
+            empty_if_none(self.d_weight, weight).to(weight.dtype),
+            empty_if_none(self.d_bias, bias).to(bias.dtype),
+        )
 
     @classmethod
     def allocate(

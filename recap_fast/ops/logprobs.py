@@ -5,13 +5,14 @@ Shapes: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recap_fast.ops import reference
-from recap_fast.ops._autograd import empty_if_none, none_if_empty, refuse_double_backward
+from recap_fast.ops._autograd import none_if_empty, refuse_double_backward
 from recap_fast.ops._validate import (
     COMPUTE_DTYPES,
     check_head,
@@ -105,91 +106,47 @@ def selective_logprobs(
     return logprobs, entropy
 
 
-@torch.library.custom_op("recap_fast::linear_logprobs", mutates_args=())
-def _linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    head = make_head(hidden, weight, bias, targets, temperature, softcap)
+_OPERANDS = """
+    Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap,
+    str impl"""
+
+
+@torch.library.custom_op(
+    "recap_fast::linear_logprobs", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor, Tensor)"
+)
+def _linear_logprobs(*operands: Any) -> tuple[Tensor, Tensor]:
+    head, impl = make_head(*operands[:-1]), operands[-1]
     swept = sweep(head, Wanted(), _stage(impl)(head))
     return swept.logprobs, swept.entropy
 
 
 @_linear_logprobs.register_fake
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    logprobs = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
-    return logprobs, torch.empty_like(logprobs)
+    return _new_statistics(hidden)
 
 
-@torch.library.custom_op("recap_fast::linear_logprobs_backward", mutates_args=())
+@torch.library.custom_op(
+    "recap_fast::linear_logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor? by_logprob, Tensor? by_entropy, {_OPERANDS}, bool want_hidden,"
+    f" bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
+)
 def _linear_logprobs_backward(
-    by_logprob: Tensor | None,
-    by_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    impl: str,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    by_logprob: Tensor | None, by_entropy: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias; empty where not wanted."""
-    head = make_head(hidden, weight, bias, targets, temperature, softcap)
+    *operands, impl, want_hidden, want_weight, want_bias = others
+    head = make_head(*operands)
     wanted = Wanted(want_hidden, want_weight, want_bias)
     swept = sweep(head, wanted, _stage(impl)(head, _given(by_logprob, by_entropy)))
-    return (
-        empty_if_none(swept.d_hidden, hidden),
-        empty_if_none(swept.d_weight, weight).to(weight.dtype),
-        empty_if_none(swept.d_bias, weight).to(weight.dtype if bias is None else bias.dtype),
-    )
+    return swept.gradients(*operands[:3])
 
 
 @_linear_logprobs_backward.register_fake
 def _(
-    by_logprob: Tensor | None,
-    by_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    impl: str,
-    *wanted: bool,
-) -> tuple[Tensor, ...]:
-    operands = (hidden, weight, weight if bias is None else bias)
-    return tuple(
-        x.new_empty(x.shape if want else 0) for x, want in zip(operands, wanted, strict=True)
-    )
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
-
-
-def _linear_backward(
-    ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("linear_logprobs")
-    if by_logprob is None and by_entropy is None:
-        return (None,) * 7
-    gradients = _linear_logprobs_backward(
-        by_logprob, by_entropy, *ctx.saved_tensors, *ctx.settings, *ctx.needs_input_grad[:3]
-    )
-    return (*(none_if_empty(gradient) for gradient in gradients), None, None, None, None)
-
-
-_linear_logprobs.register_autograd(_linear_backward, setup_context=_save_linear)
+    by_logprob: Tensor | None, by_entropy: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return Wanted(*others[-3:]).fake_gradients(*others[:3])
 
 
 @torch.library.custom_op("recap_fast::selective_logprobs", mutates_args=())
@@ -226,25 +183,50 @@ def _(by_logprob: Tensor | None, by_entropy: Tensor | None, logits: Tensor, *oth
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2])
-    ctx.settings = inputs[2:]
+def _differentiate(
+    operator: Any, name: str, num_tensors: int, backward: Callable[..., Sequence[Tensor]]
+) -> None:
+    """Registers the backward pass of an operator that returns log-probs and entropies [N].
+
+    Args:
+        num_tensors: how many of its inputs, the first, are tensors; the others are settings.
+        backward: from the gradients of both outputs (None: of none), the inputs, and for each of
+            them whether its gradient is wanted, to the gradients of the first of them.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:num_tensors])
+        ctx.settings = inputs[num_tensors:]
+
+    def run(ctx: Any, *by_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(name)
+        inputs = (*ctx.saved_tensors, *ctx.settings)
+        gradients: list[Tensor | None] = []
+        if any(gradient is not None for gradient in by_outputs):
+            made = backward(*by_outputs, inputs, ctx.needs_input_grad)
+            gradients = [none_if_empty(gradient) for gradient in made]
+        return (*gradients, *(None for _ in inputs[len(gradients) :]))
+
+    operator.register_autograd(run, setup_context=save)
 
 
-def _selective_backward(
-    ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("selective_logprobs")
-    if by_logprob is None and by_entropy is None:
-        return (None,) * 4
-    gradient = _selective_logprobs_backward(
-        by_logprob, by_entropy, *ctx.saved_tensors, *ctx.settings
-    )
-    return gradient, None, None, None
-
-
-_selective_logprobs.register_autograd(_selective_backward, setup_context=_save_selective)
+_differentiate(
+    _linear_logprobs,
+    "linear_logprobs",
+    4,
+    lambda by_logprob, by_entropy, inputs, wanted: _linear_logprobs_backward(
+        by_logprob, by_entropy, *inputs, *wanted[:3]
+    ),
+)
+_differentiate(
+    _selective_logprobs,
+    "selective_logprobs",
+    2,
+    lambda by_logprob, by_entropy, inputs, wanted: [
+        _selective_logprobs_backward(by_logprob, by_entropy, *inputs)
+    ],
+)
 
 
 def _stage(impl: str) -> type[HeadStage]:
@@ -268,9 +250,9 @@ def _given(by_logprob: Tensor | None, by_entropy: Tensor | None) -> RowGradient:
     return row_gradient
 
 
-def _new_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Places for log-probs and entropies [N]."""
-    logprobs = logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits.dtype))
+def _new_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Places for log-probs and entropies [N] of hidden states or logits [N, ...]."""
+    logprobs = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
     return logprobs, torch.empty_like(logprobs)
 
 

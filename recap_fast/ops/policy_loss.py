@@ -5,7 +5,7 @@ Shapes: N packed tokens, H hidden, V vocabulary, S sequences (rollouts), K objec
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -121,33 +121,18 @@ def fused_linear_policy_loss(
         return reference.policy_loss(arguments, config)
     if kl_denominator is not None and not isinstance(kl_denominator, Tensor):
         full = statistics_dtype(hidden.dtype)
-        kl_denominator = torch.full((), kl_denominator, dtype=full, device=hidden.device)
+        on_device = torch.full((), kl_denominator, dtype=full, device=hidden.device)
+        arguments = replace(arguments, kl_denominator=on_device)
     # Gradients that autograd may ask for: none under no_grad, none of a frozen head.
     learns = torch.is_grad_enabled()
     learns_weight = learns and (weight.requires_grad or weight_grad is not None)
     loss, losses, logprobs, entropy, kl, clip_fraction, table, *gradients = _policy_loss(
-        *(_detached(x) for x in (hidden, weight, bias, targets, sequence_ids)),
-        *(_detached(x) for x in (rewards, advantages, group_ids, objective_weights)),
-        *(_detached(x) for x in (token_objectives, old_logprobs, ref_logprobs, rollout_logprobs)),
-        *(_detached(x) for x in (denominators, kl_denominator, weight_grad)),
+        *(_detached(getattr(arguments, field.name)) for field in fields(arguments)),
         want_hidden=learns and hidden.requires_grad,
         want_weight=learns_weight,
         want_bias=learns and bias is not None and bias.requires_grad,
         impl=chosen,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        clip_delta=config.clip_delta,
-        loss_type=config.loss_type,
-        ratio_level=config.ratio_level,
-        aggregation=config.aggregation,
-        max_completion_length=config.max_completion_length,
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        entropy_coef=config.entropy_coef,
-        temperature=config.temperature,
-        logit_softcap=config.logit_softcap,
-        rollout_is_cap=config.rollout_is_cap,
-        logits_dtype=config.logits_dtype,
+        **{field.name: getattr(config, field.name) for field in fields(config)},
     )
     if learns and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         loss = attach_gradients(loss, hidden, weight, bias, *gradients)
@@ -168,86 +153,36 @@ def _detached(value: Any) -> Any:
 
 
 # A custom operator, so that torch.compile meets one opaque call without a graph break. Operators
-# take no dataclasses: the configuration travels field by field.
-@torch.library.custom_op("recap_fast::linear_policy_loss", mutates_args={"weight_grad"})
+# take no dataclasses: the fields of `LossArguments` travel in their order, those of
+# `PolicyLossConfig` by name.
+_SCHEMA = """(
+    Tensor hidden, Tensor weight, Tensor targets, Tensor sequence_ids, Tensor? rewards,
+    Tensor? advantages, Tensor? group_ids, Tensor? objective_weights, Tensor? token_objectives,
+    Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? bias,
+    Tensor? denominators, Tensor? kl_denominator, Tensor(a!)? weight_grad, *,
+    bool want_hidden, bool want_weight, bool want_bias, str impl,
+    float clip_low, float clip_high, float? clip_delta, str loss_type, str ratio_level,
+    str aggregation, int? max_completion_length, float kl_coef, str kl_estimator,
+    float entropy_coef, float temperature, float? logit_softcap, float? rollout_is_cap,
+    str logits_dtype
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+
+
+@torch.library.custom_op(
+    "recap_fast::linear_policy_loss", mutates_args={"weight_grad"}, schema=_SCHEMA
+)
 def _policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    sequence_ids: Tensor,
-    rewards: Tensor | None,
-    advantages: Tensor | None,
-    group_ids: Tensor | None,
-    objective_weights: Tensor | None,
-    token_objectives: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    denominators: Tensor | None,
-    kl_denominator: Tensor | None,
-    weight_grad: Tensor | None,
-    *,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    impl: str,
-    clip_low: float,
-    clip_high: float,
-    clip_delta: float | None,
-    loss_type: str,
-    ratio_level: str,
-    aggregation: str,
-    max_completion_length: int | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    temperature: float,
-    logit_softcap: float | None,
-    rollout_is_cap: float | None,
-    logits_dtype: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors: Any, want_hidden: bool, want_weight: bool, want_bias: bool, impl: str, **config: Any
+) -> tuple[Tensor, ...]:
     """(loss, L_k, logprobs, entropy, kl, clip_fraction, advantages, d_hidden, d_weight, d_bias).
 
     What does not exist is an empty tensor: operators return no None.
     """
-    arguments = LossArguments(
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
-        sequence_ids=sequence_ids,
-        rewards=rewards,
-        advantages=advantages,
-        group_ids=group_ids,
-        objective_weights=objective_weights,
-        token_objectives=token_objectives,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        bias=bias,
-        denominators=denominators,
-        kl_denominator=kl_denominator,
-        weight_grad=weight_grad,
-    )
-    config = PolicyLossConfig(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        clip_delta=clip_delta,
-        loss_type=loss_type,  # type: ignore[arg-type]
-        ratio_level=ratio_level,  # type: ignore[arg-type]
-        aggregation=aggregation,  # type: ignore[arg-type]
-        max_completion_length=max_completion_length,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,  # type: ignore[arg-type]
-        entropy_coef=entropy_coef,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        rollout_is_cap=rollout_is_cap,
-        logits_dtype=logits_dtype,  # type: ignore[arg-type]
-    )
+    a = LossArguments(*tensors)
     wanted = Wanted(hidden=want_hidden, weight=want_weight, bias=want_bias)
-    output, swept = _forward(arguments, wanted, config, impl)
-    d_weight = swept.d_weight if weight_grad is None else None  # an input cannot be an output
+    output, swept = _forward(a, wanted, PolicyLossConfig(**config), impl)
+    if a.weight_grad is not None:
+        swept = replace(swept, d_weight=None)  # an input cannot be an output
     return (
         output.loss,
         output.objective_losses,
@@ -256,50 +191,33 @@ def _policy_loss(
         empty_if_none(output.kl, output.loss),
         output.clip_fraction,
         output.advantages,
-        empty_if_none(swept.d_hidden, hidden),
-        empty_if_none(d_weight, weight).to(weight.dtype),
-        empty_if_none(swept.d_bias, weight).to(weight.dtype if bias is None else bias.dtype),
+        *swept.gradients(a.hidden, a.weight, a.bias),
     )
 
 
 @_policy_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    sequence_ids: Tensor,
-    rewards: Tensor | None,
-    advantages: Tensor | None,
-    *tensors: Tensor | None,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    **scalars: Any,
+    *tensors: Any, want_hidden: bool, want_weight: bool, want_bias: bool, **settings: Any
 ) -> tuple[Tensor, ...]:
-    ref_logprobs, weight_grad = tensors[4], tensors[8]
-    table = rewards if rewards is not None else advantages
+    a = LossArguments(*tensors)
+    table = a.rewards if a.rewards is not None else a.advantages
     assert table is not None
-    full = statistics_dtype(hidden.dtype)
+    full = statistics_dtype(a.hidden.dtype)
 
     def new(*shape: Any) -> Tensor:
-        return hidden.new_empty(shape, dtype=full)
+        return a.hidden.new_empty(shape, dtype=full)
 
-    n, k = hidden.shape[0], table.shape[1]
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    n, k = a.hidden.shape[0], table.shape[1]
+    wanted = Wanted(want_hidden, want_weight and a.weight_grad is None, want_bias)
     return (
         new(),
         new(k),
         new(n),
         new(n),
-        new(n) if ref_logprobs is not None else new(0),
+        new(n) if a.ref_logprobs is not None else new(0),
         new(k),
         new(*table.shape),
-        hidden.new_empty(hidden.shape) if want_hidden else hidden.new_empty(0),
-        d_weight if want_weight and weight_grad is None else weight.new_empty(0),
-        bias.new_empty(bias.shape)
-        if want_bias and bias is not None
-        else (weight if bias is None else bias).new_empty(0),
+        *wanted.fake_gradients(a.hidden, a.weight, a.bias),
     )
 
 

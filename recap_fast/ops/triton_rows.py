@@ -6,6 +6,7 @@ Shapes: C rows of a chunk, N tokens, V vocabulary, S sequences, K objectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,29 +90,38 @@ def logprobs_rows(
 
     With `gradient` [C, V], which may be the logits, also by_logprob * d logprob + by_entropy * d H.
     """
-    how = row_launch(logits)
     launch(
         logprobs_kernel,
         (logits.shape[0],),
         logits.device,
-        logits_ptr=logits,
-        logits_stride=logits.stride(0),
         targets_ptr=targets.contiguous(),
         logprobs_ptr=logprobs,
         entropy_ptr=entropy,
-        gradient_ptr=gradient,
-        gradient_stride=0 if gradient is None else gradient.stride(0),
         by_logprob_ptr=None if by_logprob is None else by_logprob.contiguous(),
         by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
-        size=logits.shape[1],
-        softcap=softcap or 1.0,
-        inverse_temperature=1.0 / temperature,
-        HAS_SOFTCAP=softcap is not None,
-        BLOCK_V=how.block,
-        GROUP=how.group,
-        num_warps=how.warps,
-        maxnreg=how.registers,
+        **_row_arguments(logits, gradient, temperature, softcap),
     )
+
+
+def _row_arguments(
+    logits: Tensor, gradient: Tensor | None, temperature: float, softcap: float | None
+) -> dict[str, Any]:
+    """What both row kernels are launched with: the rows [C, V], their scale, and how to run."""
+    how = row_launch(logits)
+    return {
+        "logits_ptr": logits,
+        "logits_stride": logits.stride(0),
+        "gradient_ptr": gradient,
+        "gradient_stride": 0 if gradient is None else gradient.stride(0),
+        "size": logits.shape[1],
+        "softcap": softcap or 1.0,
+        "inverse_temperature": 1.0 / temperature,
+        "HAS_SOFTCAP": softcap is not None,
+        "BLOCK_V": how.block,
+        "GROUP": how.group,
+        "num_warps": how.warps,
+        "maxnreg": how.registers,
+    }
 
 
 class LogprobsRows:
@@ -174,7 +184,6 @@ class PolicyRows:
 
     def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
         a, c = self._arguments, self._config
-        how = row_launch(logits)
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows].contiguous()
@@ -186,10 +195,6 @@ class PolicyRows:
             policy_loss_kernel,
             (logits.shape[0],),
             logits.device,
-            logits_ptr=logits,
-            logits_stride=logits.stride(0),
-            gradient_ptr=gradient,
-            gradient_stride=0 if gradient is None else gradient.stride(0),
             targets_ptr=part(a.targets),
             sequence_ids_ptr=part(a.sequence_ids),
             token_objectives_ptr=part(a.token_objectives),
@@ -208,11 +213,8 @@ class PolicyRows:
             penalty_ptr=part(self.penalty),
             terms_ptr=self._terms[rows],
             applied_ptr=self._applied[rows],
-            size=logits.shape[1],
             num_sequences=self._table.shape[0],
             num_objectives=self._table.shape[1],
-            softcap=c.logit_softcap or 1.0,
-            inverse_temperature=1.0 / c.temperature,
             lower=1.0 - c.clip_low,
             upper=1.0 + c.clip_high,
             unclipped_bound=float("inf") if c.clip_delta is None else c.clip_delta,
@@ -222,13 +224,9 @@ class PolicyRows:
             CISPO=c.loss_type == "cispo",
             KL_ESTIMATOR=KL_ESTIMATORS[c.kl_estimator],
             HAS_ENTROPY=c.entropy_coef != 0,
-            HAS_SOFTCAP=c.logit_softcap is not None,
-            BLOCK_V=how.block,
-            GROUP=how.group,
             BLOCK_S=rewards_block(self._table.shape[1]),
             BLOCK_K=next_power_of_2(self._table.shape[1]),
-            num_warps=how.warps,
-            maxnreg=how.registers,
+            **_row_arguments(logits, gradient, c.temperature, c.logit_softcap),
         )
 
     def losses(self) -> tuple[Tensor, Tensor]:
