@@ -46,6 +46,7 @@ from recap_fast.training.optimization import (
 )
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.training.run_folder import clear_folder, lock_folder, prepare_folder
+from recap_fast.training.scored_rollouts import generate_and_score
 from recap_fast.training.step_metrics import (
     column_deviations,
     column_means,
@@ -191,12 +192,11 @@ class Trainer:
     def _train_step(self, stop: Sequence[int]) -> dict[str, Any] | None:
         started = time.perf_counter()
         rows = self.stream.next_step()
-        rollouts = self._generate(rows)
-        sampled = time.perf_counter()
-        rewards = self.scorer.score(rollouts, self.config.rollout.max_new_tokens)
-        scored = time.perf_counter()
-        if stop:
+        scored = generate_and_score(self.engine, self.scorer, rows.prompts, self._sampling(), stop)
+        if scored is None:
             return None
+        sampled = time.perf_counter()
+        rollouts, rewards = scored.rollouts, scored.rewards
         advantages = self._advantages(rollouts, rewards)
         updates = self._pack(rows, rollouts, advantages)
         lr = learning_rate(
@@ -220,23 +220,22 @@ class Trainer:
             "lr": lr,
             **from_device,
             **host_metrics(self.config.objectives, rollouts, rewards, updates, self.stream.skipped),
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            "time/train": trained - scored,
+            "time/rollout": scored.rollout_seconds,
+            "time/reward": scored.reward_seconds,
+            "time/train": trained - sampled,
             "time/sync": synced - trained,
             "time/total": synced - started,
             "tokens_per_second": tokens / (synced - started),
         }
 
-    def _generate(self, rows: StepRows) -> list[Rollout]:
+    def _sampling(self) -> SamplingSpec:
         settings = self.config.rollout
-        sampling = SamplingSpec(
+        return SamplingSpec(
             n=settings.group_size,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=self.config.seed * _SEED_STRIDE + self.step,
         )
-        return self.engine.generate(rows.prompts, sampling) if rows.prompts else []
 
     def _advantages(self, rollouts: Sequence[Rollout], rewards: RewardTable) -> np.ndarray:
         """[S, K] float32; NaN where the objective is absent."""
