@@ -37,6 +37,7 @@ from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import MismatchGuard, verify_sync
 from recap_fast.rollout.protocol import iter_weights
 from recap_fast.training.checkpoint import TrainerState, load_state, save_checkpoint
+from recap_fast.training.determinism import determinism, prepare_determinism
 from recap_fast.training.evaluate import Evaluator
 from recap_fast.training.optimization import (
     PolicyOptimizer,
@@ -88,6 +89,8 @@ class Trainer:
         self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False
     ) -> None:
         self.config = config
+        if config.training.deterministic:
+            prepare_determinism()
         self.run_dir = Path(config.run)
         self._checkpoints = self.run_dir / "checkpoints"
         checkpoint = prepare_folder(config, self.run_dir, resume, overwrite)
@@ -277,9 +280,10 @@ class Trainer:
         for the device: what comes of it stays there."""
         weights = self._reweigh(rewards)
         uploaded = [update.to(self._losses.device) for update in updates]
-        stats = combine_stats(
-            [self.optimizer.step(update, weights, lr) for update in uploaded], uploaded
-        )
+        with determinism(self.config.training.deterministic):
+            stats = combine_stats(
+                [self.optimizer.step(update, weights, lr) for update in uploaded], uploaded
+            )
         self._losses = torch.where(self._is_supervised, stats.objective_losses, torch.nan)
         return stats
 

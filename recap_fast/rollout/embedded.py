@@ -63,7 +63,7 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._stop_ids = stop_token_ids(model, tokenizer)
-        parameter = next(model.parameters())
+        parameter = model.get_input_embeddings().weight
         if config.dtype == "auto":
             self.dtype = torch.bfloat16 if parameter.is_cuda else parameter.dtype
         else:
@@ -115,7 +115,8 @@ def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None
     """
     training = model.training
     packed = model.config._attn_implementation == IMPLEMENTATION
-    autocast = dtype != next(model.parameters()).dtype
+    # A frozen vision tower, whose parameters come first, may be kept in another dtype.
+    autocast = dtype != model.get_input_embeddings().weight.dtype
     try:
         if packed:
             model.set_attn_implementation({"": "sdpa", "text_config": "sdpa"})

@@ -367,6 +367,17 @@ def _process_state_kept() -> Iterator[None]:
         # vLLM adds torch's OpenMP library for worker processes of its own; ours need none.
         _restore_variable("LD_PRELOAD", preload)
         _restore_variable("VLLM_CPU_KVCACHE_SPACE", legacy_cache_size)
+        _restore_allocator()
+
+
+def _restore_allocator() -> None:
+    """Gives torch's CUDA allocator the user's options again. Some releases of vLLM set one of them
+    while they load weights, which resets all others, expandable_segments among them."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch looks them up in this order
+    options = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if options and set_options is not None and torch.cuda.is_initialized():
+        set_options(options)
 
 
 def _restore_variable(name: str, value: str | None) -> None:

@@ -233,6 +233,27 @@ def test_logprobs_are_the_same_without_flat_ones(
     assert vllm_engine.generate(prompts, spec) == flat
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_options_outlive_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As in vLLM 0.25.1, which sets max_split_size_mb and thereby resets the rest."""
+    options: list[str] = []
+    monkeypatch.setattr(
+        torch._C, "_accelerator_setAllocatorSettings", options.append, raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    with vllm._process_state_kept():
+        pass
+    assert options == []
+    monkeypatch.setenv(name, "expandable_segments:True")
+    with vllm._process_state_kept():
+        torch._C._accelerator_setAllocatorSettings("max_split_size_mb:20")
+    assert options == ["max_split_size_mb:20", "expandable_segments:True"]
+
+
 def test_refuses_a_prompt_without_room(vllm_engine: Any, model: Any, tokenizer: Any) -> None:
     prompt = Prompt("sums", 4, tokenizer("x" * 120)["input_ids"], "", "", {})
     with pytest.raises(EngineError, match="prompt sums:4 has 120 tokens.*limit of 128"):
