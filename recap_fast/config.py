@@ -249,6 +249,9 @@ class TrainingConfig(_Model):
     max_tokens: int = Field(8192, ge=16)
     """Packed tokens in one forward pass. A step takes as few passes as it needs, of about equal
     size; where that saves one they may be 5 % larger, so leave that much memory."""
+    deterministic: bool = False
+    """Update with algorithms that give the same bits every time. Acts on CUDA, where flash
+    attention and the gradients of shared prompts otherwise add in an order that varies."""
 
 
 class EvaluationConfig(_Model):

@@ -43,6 +43,7 @@ from recap_fast.training.checkpoint import (
     load_state,
     save_checkpoint,
 )
+from recap_fast.training.determinism import determinism, prepare_determinism
 from recap_fast.training.evaluate import Evaluator
 from recap_fast.training.optimization import (
     PolicyOptimizer,
@@ -52,6 +53,7 @@ from recap_fast.training.optimization import (
 )
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.training.run_folder import clear_folder, lock_folder, prepare_folder
+from recap_fast.training.scored_rollouts import generate_and_score
 from recap_fast.training.step_metrics import (
     column_deviations,
     column_means,
@@ -94,6 +96,8 @@ class Trainer:
         self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False
     ) -> None:
         self.config = config
+        if config.training.deterministic:
+            prepare_determinism()
         self.run_dir = Path(config.run)
         self._checkpoints = self.run_dir / "checkpoints"
         checkpoint = prepare_folder(config, self.run_dir, resume, overwrite)
@@ -206,12 +210,11 @@ class Trainer:
     def _train_step(self, stop: Sequence[int]) -> dict[str, Any] | None:
         started = time.perf_counter()
         rows = self.stream.next_step()
-        rollouts = self._generate(rows)
-        sampled = time.perf_counter()
-        rewards = self.scorer.score(rollouts, self.config.rollout.max_new_tokens)
-        scored = time.perf_counter()
-        if stop:
+        scored = generate_and_score(self.engine, self.scorer, rows.prompts, self._sampling(), stop)
+        if scored is None:
             return None
+        sampled = time.perf_counter()
+        rollouts, rewards = scored.rollouts, scored.rewards
         advantages = self._advantages(rollouts, rewards)
         updates = self._pack(rows, rollouts, advantages)
         lr = learning_rate(
@@ -235,23 +238,22 @@ class Trainer:
             "lr": lr,
             **from_device,
             **host_metrics(self.config.objectives, rollouts, rewards, updates, self.stream.skipped),
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            "time/train": trained - scored,
+            "time/rollout": scored.rollout_seconds,
+            "time/reward": scored.reward_seconds,
+            "time/train": trained - sampled,
             "time/sync": synced - trained,
             "time/total": synced - started,
             "tokens_per_second": tokens / (synced - started),
         }
 
-    def _generate(self, rows: StepRows) -> list[Rollout]:
+    def _sampling(self) -> SamplingSpec:
         settings = self.config.rollout
-        sampling = SamplingSpec(
+        return SamplingSpec(
             n=settings.group_size,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=self.config.seed * _SEED_STRIDE + self.step,
         )
-        return self.engine.generate(rows.prompts, sampling) if rows.prompts else []
 
     def _advantages(self, rollouts: Sequence[Rollout], rewards: RewardTable) -> np.ndarray:
         """[S, K] float32; NaN where the objective is absent."""
@@ -293,9 +295,10 @@ class Trainer:
         for the device: what comes of it stays there."""
         weights = self._reweigh(rewards)
         uploaded = [update.to(self._losses.device) for update in updates]
-        stats = combine_stats(
-            [self.optimizer.step(update, weights, lr) for update in uploaded], uploaded
-        )
+        with determinism(self.config.training.deterministic):
+            stats = combine_stats(
+                [self.optimizer.step(update, weights, lr) for update in uploaded], uploaded
+            )
         self._losses = torch.where(self._is_supervised, stats.objective_losses, torch.nan)
         return stats
 

@@ -109,7 +109,7 @@ class Step:
         config = tiny_config(folder, model, "training.updates_per_rollout=2")
         self.trainer = Trainer(config)
         rows = self.trainer.stream.next_step()
-        rollouts = self.trainer._generate(rows)
+        rollouts = self.trainer.engine.generate(rows.prompts, self.trainer._sampling())
         random = np.random.default_rng(0).normal(size=(len(rollouts), 3))
         self.rewards = RewardTable(random.astype(np.float32))
         self.rewards.values[:, 2] = np.nan

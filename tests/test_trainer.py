@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,12 +131,12 @@ from recap_fast.training.run_folder import lock_folder
 from recap_fast.trainer import Trainer
 from recap_fast.types import UserError
 trainer = Trainer(load_config(sys.argv[1]))
-score = trainer.scorer.score
-def score_or_die(*args):
+start = trainer.scorer.start
+def start_or_die(*args):
     if trainer.step == 5:
         os.kill(os.getpid(), 9)
-    return score(*args)
-trainer.scorer.score = score_or_die
+    return start(*args)
+trainer.scorer.start = start_or_die
 trainer.train()
 """
 
@@ -236,21 +237,33 @@ def test_sigterm_saves_and_exits_0(tmp_path, model):
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_interrupted_step_gives_its_rows_back(tmp_path, model):
-    """A signal between rollout and update leaves no trace of the step."""
+@pytest.mark.parametrize("when", ["while rollouts are generated", "while they are scored"])
+def test_interrupted_step_gives_its_rows_back(tmp_path, model, when):
+    """A signal before the update leaves no trace of the step."""
     config = tiny_config(tmp_path, model, "training.steps=3")
     trainer = Trainer(config)
-    score = trainer.scorer.score
+    start = trainer.scorer.start
+    completed = []
 
     def interrupt(*args):
-        if trainer.step == 1:
+        scoring = start(*args)
+        if trainer.step == 1 and when == "while rollouts are generated":
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(*args)
+        elif trainer.step == 1:
+            table = scoring.table
+            scoring.table = lambda: (os.kill(os.getpid(), signal.SIGTERM), table())[1]
+        scoring.table = partial(recorded, scoring.table)
+        return scoring
 
-    trainer.scorer.score = interrupt
+    def recorded(table):
+        completed.append(trainer.step)
+        return table()
+
+    trainer.scorer.start = interrupt
     assert trainer.train() is False
     trainer.close()
     assert trainer.step == 1
+    assert completed.count(1) == (when == "while they are scored")
     resumed = train(config, resume=True)
     other = tmp_path / "unbroken"
     other.mkdir()

@@ -204,6 +204,7 @@ def _load_flash_attn() -> RaggedKernel:
             max_seqlen_k=bounds.max_keys,
             softmax_scale=scale,
             causal=bounds.causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # torch's own asks itself
         )
         return output
 

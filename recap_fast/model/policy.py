@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
@@ -271,6 +271,7 @@ def load_policy(
         dtype=torch.float32 if trainable else compute_dtype,
         attn_implementation={"": IMPLEMENTATION, "text_config": IMPLEMENTATION},
         output_loading_info=True,
+        **_placement(device),
     )
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
@@ -309,7 +310,30 @@ def make_policy(
     policy = Policy(model, compute_dtype, backend, vision_backend)
     if policy.vision is not None and not config.train_vision:
         policy.vision.tower.requires_grad_(False)
+        if model.device.type == "cuda":  # elsewhere float32 is not slower
+            narrow_frozen(policy.vision.tower, compute_dtype)
     return policy
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    """Has weights read straight to a GPU. transformers needs accelerate for it; without it they are
+    read to the host, in float32, and copied."""
+    if device.type == "cpu" or find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}
+
+
+@torch.no_grad()
+def narrow_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the parameters of a frozen module in `dtype` if that changes none of them, as where it
+    was published in that dtype: autocast then has nothing to cast in every pass.
+
+    Buffers stay: rotary frequencies need float32.
+    """
+    parameters = list(module.parameters())
+    if all(torch.equal(p, p.to(dtype).to(p.dtype)) for p in parameters):
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
 
 
 def choose_attention(

@@ -20,7 +20,13 @@ from recap_fast.config import RolloutConfig
 from recap_fast.model.attention import IMPLEMENTATION
 from recap_fast.model.train_mode import evaluating
 from recap_fast.model.vision import PackedImages, VisionAdapter, make_adapter
-from recap_fast.rollout.protocol import build_rollouts, check_prompts, prompt_seed, stop_token_ids
+from recap_fast.rollout.protocol import (
+    OnGroup,
+    build_rollouts,
+    check_prompts,
+    prompt_seed,
+    stop_token_ids,
+)
 from recap_fast.types import Prompt, Rollout, SamplingSpec
 
 if TYPE_CHECKING:
@@ -58,16 +64,21 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._stop_ids = stop_token_ids(model, tokenizer)
-        parameter = next(model.parameters())
+        parameter = model.get_input_embeddings().weight
         if config.dtype == "auto":
             self.dtype = torch.bfloat16 if parameter.is_cuda else parameter.dtype
         else:
             self.dtype = getattr(torch, config.dtype)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSpec,
+        on_group: OnGroup | None = None,
+    ) -> list[Rollout]:
         check_prompts(prompts, sampling, self._max_model_len, self._vision)
         n = sampling.n if sampling.temperature > 0 else 1
-        completions: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        groups: list[list[Rollout]] = [[] for _ in prompts]
         with inference_state(self._model, self.dtype):
             for batch in _batches(prompts, n, sampling.max_new_tokens):
                 rows = [prompts[index] for index in batch]
@@ -75,9 +86,19 @@ class EmbeddedEngine:
                 decoder = _Decoder(
                     self._model, self._vision, rows, n, seeds, sampling, self._stop_ids
                 )
-                for row, completion in enumerate(decoder.run()):
-                    completions[batch[row // n]].append(completion)
-        return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
+                completions = decoder.run()
+                for place, index in enumerate(batch):
+                    groups[index] = build_rollouts(
+                        [prompts[index]],
+                        [completions[place * n : (place + 1) * n]],
+                        sampling.n,
+                        self._stop_ids,
+                        self._tokenizer,
+                        first_group=index,
+                    )
+                    if on_group is not None:
+                        on_group(groups[index])
+        return [rollout for group in groups for rollout in group]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to do: the engine samples from the trained module."""
@@ -94,7 +115,8 @@ def inference_state(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None
     vision tower keeps its own.
     """
     packed = model.config._attn_implementation == IMPLEMENTATION
-    autocast = dtype != next(model.parameters()).dtype
+    # A frozen vision tower, whose parameters come first, may be kept in another dtype.
+    autocast = dtype != model.get_input_embeddings().weight.dtype
     try:
         if packed:
             model.set_attn_implementation({"": "sdpa", "text_config": "sdpa"})

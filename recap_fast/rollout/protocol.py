@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,6 +21,10 @@ class EngineError(UserError):
     """An engine that cannot run here, or prompts that it cannot take."""
 
 
+OnGroup = Callable[[Sequence[Rollout]], None]
+"""Takes the finished rollouts of one group, while others are still being generated."""
+
+
 class RolloutEngine(Protocol):
     """Samples completions from the policy."""
 
@@ -29,8 +33,17 @@ class RolloutEngine(Protocol):
     dtype: torch.dtype
     """What the engine computes in; log-probs can agree with the trainer's only that closely."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSpec,
+        on_group: OnGroup | None = None,
+    ) -> list[Rollout]:
         """Samples `sampling.n` completions of each prompt.
+
+        `on_group` is called with the rollouts of each group as soon as they are complete, in
+        whatever order groups finish. What it raises ends the sampling, and leaves the engine fit
+        for another.
 
         Returns them in the prompts' order, a group's side by side. Log-probs are those of the
         sampled tokens under the tempered distribution (temperature 0 is greedy; log-probs are then
@@ -121,6 +134,8 @@ def build_rollouts(
     n: int,
     stop_ids: frozenset[int],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    first_group: int = 0,
 ) -> list[Rollout]:
     """Makes the records from each prompt's completions (token ids and log-probs).
 
@@ -128,7 +143,8 @@ def build_rollouts(
     the one that stopped: tags such as <think> are special tokens of some tokenizers.
     """
     rollouts = []
-    for group, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
+    pairs = zip(prompts, completions, strict=True)
+    for group, (prompt, samples) in enumerate(pairs, start=first_group):
         for token_ids, logprobs in list(samples) * (n // len(samples)):
             stopped = bool(token_ids) and token_ids[-1] in stop_ids
             reason: FinishReason = "stop" if stopped else "length"

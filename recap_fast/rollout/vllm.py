@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from recap_fast.config import RolloutConfig
 from recap_fast.model.vision import VisionAdapter
 from recap_fast.rollout.protocol import (
     EngineError,
+    OnGroup,
     build_rollouts,
     check_prompts,
     column_picks,
@@ -33,6 +34,7 @@ from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from vllm import SamplingParams
 
 _CPU_BLOCK_SIZE = 32
 """Tokens in a KV block on a CPU. vLLM's own 128 would keep a group from sharing a short prompt."""
@@ -126,7 +128,12 @@ class VllmEngine:
                 **image_arguments(vision, image_pixels),
             )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSpec) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSpec,
+        on_group: OnGroup | None = None,
+    ) -> list[Rollout]:
         from vllm import SamplingParams
 
         check_prompts(prompts, sampling, self._max_model_len, self._vision)
@@ -142,22 +149,55 @@ class VllmEngine:
                 logprobs=0,
                 detokenize=False,
                 stop_token_ids=sorted(self._stop_ids),
+                **_flat_logprobs(),
             )
             for index in range(len(prompts))
         ]
-        with _random_state_kept():
-            outputs = self._llm.generate(
-                [build_request(prompt, self._vision) for prompt in prompts],
-                parameters,
-                use_tqdm=False,
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+
+        def finish(index: int, output: Any) -> None:
+            check_expansion(prompts[index], output.prompt_token_ids, self._vision)
+            samples = sorted(output.outputs, key=lambda sample: sample.index)
+            groups[index] = build_rollouts(
+                [prompts[index]],
+                [[_read_completion(sample) for sample in samples]],
+                sampling.n,
+                self._stop_ids,
+                self._tokenizer,
+                first_group=index,
             )
-        for prompt, output in zip(prompts, outputs, strict=True):
-            check_expansion(prompt, output.prompt_token_ids, self._vision)
-        completions = [
-            [_read_completion(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
-            for output in outputs
-        ]
-        return build_rollouts(prompts, completions, sampling.n, self._stop_ids, self._tokenizer)
+            if on_group is not None:
+                on_group(groups[index])
+
+        with _random_state_kept():
+            self._run(
+                [build_request(prompt, self._vision) for prompt in prompts], parameters, finish
+            )
+        return [rollout for group in groups for rollout in group]
+
+    def _run(
+        self,
+        requests: Sequence[dict[str, Any]],
+        parameters: Sequence[SamplingParams],
+        finish: Callable[[int, Any], None],
+    ) -> None:
+        """What `LLM.generate` does, but each request's output is handed on when it is complete.
+
+        Args:
+            finish: takes a request's place among `requests`, and its output.
+        """
+        engine = self._llm.llm_engine
+        names = self._llm.enqueue(requests, parameters, use_tqdm=False)
+        # vLLM makes its names unique by a suffix, which outputs do not carry.
+        places = {name.partition("-")[0]: place for place, name in enumerate(names)}
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        finish(places[output.request_id], output)
+        finally:
+            if engine.has_unfinished_requests():  # interrupted, or `finish` raised
+                engine.abort_request(names, internal=True)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         missing = set(self._weight_names)
@@ -275,8 +315,21 @@ def check_expansion(
 
 def _read_completion(sample: Any) -> tuple[list[int], list[float]]:
     token_ids = list(sample.token_ids)
-    entries = zip(token_ids, sample.logprobs, strict=True)
+    logprobs = sample.logprobs
+    if hasattr(logprobs, "start_indices"):  # flat: of each position first the sampled token's
+        values = [logprobs.logprobs[start] for start in logprobs.start_indices]
+        tokens = [logprobs.token_ids[start] for start in logprobs.start_indices]
+        assert tokens == token_ids, "vllm's flat log-probs are of other tokens than it sampled"
+        return token_ids, values
+    entries = zip(token_ids, logprobs, strict=True)
     return token_ids, [entry[token].logprob for token, entry in entries]
+
+
+def _flat_logprobs() -> dict[str, bool]:
+    """Asks for log-probs in plain lists, where vLLM knows how: not a dictionary for every token."""
+    from vllm import SamplingParams
+
+    return {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
 
 
 def _listed(names: Iterable[str], limit: int = 5) -> str:
@@ -314,6 +367,17 @@ def _process_state_kept() -> Iterator[None]:
         # vLLM adds torch's OpenMP library for worker processes of its own; ours need none.
         _restore_variable("LD_PRELOAD", preload)
         _restore_variable("VLLM_CPU_KVCACHE_SPACE", legacy_cache_size)
+        _restore_allocator()
+
+
+def _restore_allocator() -> None:
+    """Gives torch's CUDA allocator the user's options again. Some releases of vLLM set one of them
+    while they load weights, which resets all others, expandable_segments among them."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch looks them up in this order
+    options = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if options and set_options is not None and torch.cuda.is_initialized():
+        set_options(options)
 
 
 def _restore_variable(name: str, value: str | None) -> None:

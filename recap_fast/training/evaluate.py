@@ -20,6 +20,7 @@ from recap_fast.rewards.scorer import RewardScorer
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.protocol import RolloutEngine, iter_weights
 from recap_fast.training.packing import pack_update
+from recap_fast.training.scored_rollouts import generate_and_score
 from recap_fast.types import Prompt, SamplingSpec, SupervisedRow
 
 _ROWS_PER_CHUNK = 1024
@@ -56,8 +57,9 @@ class Evaluator:
     def _generate_and_score(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         limit = self.config.evaluation.max_new_tokens or self.config.rollout.max_new_tokens
         greedy = SamplingSpec(n=1, max_new_tokens=limit, temperature=0.0, seed=0)
-        rollouts = self.engine.generate(prompts, greedy)
-        rewards = self.scorer.score(rollouts, limit).values
+        scored = generate_and_score(self.engine, self.scorer, prompts, greedy)
+        assert scored is not None, "nothing stops an evaluation"
+        rollouts, rewards = scored.rollouts, scored.rewards.values
         metrics = {}
         for k, objective in enumerate(self.config.objectives):
             present = rewards[~np.isnan(rewards[:, k]), k]

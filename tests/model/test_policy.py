@@ -5,7 +5,9 @@ import inspect
 import json
 import os
 import shutil
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,13 +22,22 @@ from recap_fast.model.policy import (
     Policy,
     load_policy,
     load_tokenizer,
+    narrow_frozen,
     pick_device,
     resolve_model,
 )
 from recap_fast.model.vision import MODEL_TYPES
 from recap_fast.ops import PolicyLossConfig, linear_logprobs
+from recap_fast.rollout.embedded import inference_state
 from recap_fast.training.packing import pack_update
-from tests.tiny import VOCAB, save_tiny_model, tiny_llama, tiny_vision_model
+from tests.tiny import (
+    VOCAB,
+    packed_vision_model,
+    save_tiny_model,
+    tiny_image,
+    tiny_llama,
+    tiny_vision_model,
+)
 from tests.training.test_packing import make_rows
 
 
@@ -356,3 +367,64 @@ def test_tokenizers_that_fit_the_embeddings(folder, tmp_path):
     path = tokenizer_folder(folder, tmp_path / "image", ["<image>"], image_token="<image>")
     tokenizer = load_tokenizer(path)
     assert len(tokenizer) == size + 1
+
+
+def test_weights_go_straight_to_a_gpu(folder, monkeypatch):
+    assert model_module._placement(torch.device("cpu")) == {}
+    if find_spec("accelerate") is None:
+        pytest.skip("transformers places weights with accelerate, which is not installed")
+    cuda = torch.device("cuda")
+    assert model_module._placement(cuda) == {"device_map": {"": cuda}}
+    config = ModelConfig(path=str(folder), device="cpu")
+    plain = load_policy(config, str(folder))
+    placed = {"device_map": {"": torch.device("cpu")}}
+    monkeypatch.setattr(model_module, "_placement", lambda device: placed)
+    policy = load_policy(config, str(folder))
+    assert policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight
+    for ours, expected in zip(policy.model.parameters(), plain.model.parameters(), strict=True):
+        assert ours.requires_grad
+        assert torch.equal(ours, expected)
+
+
+def test_without_accelerate_weights_are_copied(monkeypatch):
+    monkeypatch.setattr(model_module, "find_spec", lambda name: None)
+    assert model_module._placement(torch.device("cuda")) == {}
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_frozen_tower_is_kept_in_bfloat16_where_that_loses_nothing(kind):
+    """Its features are then those that autocast makes of the float32 weights, to rounding; the text
+    model's dtype is still what engines see."""
+    features, random = [], np.random.default_rng(0)
+    image = tiny_image(random, 4, 4)
+    for narrow in (False, True):
+        model = packed_vision_model(kind)
+        policy = Policy(model, torch.bfloat16)
+        tower = policy.vision.tower
+        with torch.no_grad():  # as a model that was published in bfloat16
+            for parameter in tower.parameters():
+                parameter.copy_(parameter.bfloat16())
+        buffers = {name: b.dtype for name, b in tower.named_buffers()}
+        if narrow:
+            narrow_frozen(tower.requires_grad_(False), torch.bfloat16)
+            assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+        assert {name: b.dtype for name, b in tower.named_buffers()} == buffers
+        count = policy.vision.num_tokens(image)
+        ids = torch.full((1, count), policy.vision.image_token_id)
+        with policy.autocast(), torch.no_grad():
+            inputs = policy.vision.embed(ids, policy.vision.pack([image], range(count)))
+        features.append(inputs["inputs_embeds"].float())
+        with inference_state(model, torch.bfloat16):
+            assert torch.is_autocast_enabled("cpu")
+        with inference_state(model, torch.float32):
+            assert not torch.is_autocast_enabled("cpu")
+    error = (features[1] - features[0]).norm() / features[0].norm()
+    assert error < 0.03
+
+
+def test_a_tower_that_bfloat16_would_change_stays():
+    module = torch.nn.Linear(4, 4)
+    before = module.weight.clone()
+    narrow_frozen(module, torch.bfloat16)
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight, before)

@@ -33,6 +33,19 @@ def make(model: Any, tokenizer: Any, **options: Any) -> EmbeddedEngine:
     return EmbeddedEngine(config, model=model, tokenizer=tokenizer, max_model_len=128)
 
 
+def test_groups_are_handed_on_batch_by_batch(model, tokenizer, prompts, monkeypatch):
+    """Shortest prompts first, one in a batch here; the list keeps the prompts' order."""
+    spec = SamplingSpec(2, 8, 1.0, seed=0)
+    expected = make(model, tokenizer).generate(prompts, spec)
+    monkeypatch.setattr(embedded, "_MAX_CACHED_TOKENS", 1)
+    groups = []
+    rollouts = make(model, tokenizer).generate(prompts, spec, groups.append)
+    assert [r.token_ids for r in rollouts] == [r.token_ids for r in expected]
+    lengths = [len(group[0].prompt.token_ids) for group in groups]
+    assert lengths == sorted(lengths)
+    assert sorted(sum(groups, []), key=lambda r: r.group) == rollouts
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_logprobs_are_those_of_the_tempered_policy(
     engine: EmbeddedEngine, model: Any, prompts: list[Prompt], temperature: float

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recap_fast.config import RolloutConfig
-from recap_fast.rollout import mismatch
+from recap_fast.rollout import mismatch, vllm
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.mismatch import MismatchGuard, logprob_diff, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
@@ -189,6 +189,69 @@ def test_prefix_cache_does_not_outlive_a_sync(vllm_engine: Any, model: Any, toke
     perturb(model, "layers.0.self_attn.v_proj", scale=0.5)
     vllm_engine.sync_weights(iter_weights(model))
     assert mean_mismatch(model, vllm_engine.generate([prompt], spec), 1.0) < 1e-4
+
+
+def test_groups_are_handed_on_as_they_finish(
+    vllm_engine: Any, model: Any, prompts: list[Prompt]
+) -> None:
+    """Each once and whole, whatever finishes first; the list is as without it."""
+    spec = SamplingSpec(3, 24, 1.0, seed=5)
+    groups: list[list[Rollout]] = []
+    rollouts = vllm_engine.generate(prompts, spec, groups.append)
+    assert sorted(group[0].group for group in groups) == list(range(len(prompts)))
+    assert sorted(sum(groups, []), key=lambda r: r.group) == rollouts
+    assert rollouts == vllm_engine.generate(prompts, spec)
+    lengths = [max(len(r.token_ids) for r in group) for group in groups]
+    assert lengths == sorted(lengths), "groups came in another order than they can have finished"
+
+
+def test_engine_survives_an_interruption(
+    vllm_engine: Any, model: Any, prompts: list[Prompt]
+) -> None:
+    spec = SamplingSpec(3, 24, 1.0, seed=5)
+    expected = vllm_engine.generate(prompts, spec)
+
+    def interrupt(group: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vllm_engine.generate(prompts, spec, interrupt)
+    assert vllm_engine.generate(prompts, spec) == expected
+    with pytest.raises(KeyboardInterrupt):
+        vllm_engine.generate(prompts, spec, interrupt)
+    vllm_engine.sync_weights(iter_weights(model))  # its caches are free to be dropped
+    assert vllm_engine.generate(prompts, spec) == expected
+
+
+def test_logprobs_are_the_same_without_flat_ones(
+    vllm_engine: Any, model: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SamplingSpec(2, 8, 1.0, seed=1)
+    assert vllm._flat_logprobs() == {"flat_logprobs": True}
+    flat = vllm_engine.generate(prompts, spec)
+    monkeypatch.setattr(vllm, "_flat_logprobs", dict)
+    assert vllm_engine.generate(prompts, spec) == flat
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_options_outlive_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As in vLLM 0.25.1, which sets max_split_size_mb and thereby resets the rest."""
+    options: list[str] = []
+    monkeypatch.setattr(
+        torch._C, "_accelerator_setAllocatorSettings", options.append, raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    with vllm._process_state_kept():
+        pass
+    assert options == []
+    monkeypatch.setenv(name, "expandable_segments:True")
+    with vllm._process_state_kept():
+        torch._C._accelerator_setAllocatorSettings("max_split_size_mb:20")
+    assert options == ["max_split_size_mb:20", "expandable_segments:True"]
 
 
 def test_refuses_a_prompt_without_room(vllm_engine: Any, model: Any, tokenizer: Any) -> None:

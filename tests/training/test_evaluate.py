@@ -17,13 +17,16 @@ class EchoEngine:
     def __init__(self, completion: str) -> None:
         self.completion = completion
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, on_group):
         assert (sampling.n, sampling.temperature) == (1, 0.0)
-        return [
-            Rollout(prompt, group, [7] * len(self.completion), [0.0] * len(self.completion),
-                    "length", self.completion)
+        count = len(self.completion)
+        rollouts = [
+            Rollout(prompt, group, [7] * count, [0.0] * count, "length", self.completion)
             for group, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        ]
+        for rollout in rollouts:
+            on_group([rollout])
+        return rollouts
 
 
 @pytest.fixture(scope="module")
