@@ -258,7 +258,7 @@ def only_number(text: str) -> tuple[str, str] | None:
     """The number of a final statement in words that has no other, as it is claimed, and the word
     behind it: "48 + 24 = 72" and "clips" of "She sold 48 + 24 = 72 clips in May." """
     sentences = _sentences(text)
-    if not sentences or sentences[-1].endswith("?"):
+    if not sentences or "?" in sentences[-1]:
         return None
     last = sentences[-1]
     if len(re.findall(r"\b[a-z]{2,}\b", last)) < 2 or _DOUBT.search(last) or _INEXACT.search(last):

@@ -90,7 +90,7 @@ def clean(text: str) -> str:
         text = _ascii(text)
     text = text.strip()
     if _MARKED.search(text):
-        text = _without_dollars(text)
+        text = _without_dollars(_without_display(text))
         for _ in range(8):  # a wrapper may stand in another
             text, replaced = _WRAPPER.subn(_unwrap, text)
             if not replaced:
@@ -112,6 +112,13 @@ def _unwrap(match: re.Match[str]) -> str:
     """What \\text{...} holds, apart from a number before it: 5\\text{m}."""
     before = match.string[: match.start()].rstrip()[-1:]
     return f" {match[1]}" if before.isalnum() or before in ("}", ")") else match[1]
+
+
+_DISPLAY = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather)\*?\}")
+
+
+def _without_display(text: str) -> str:
+    return _DISPLAY.sub(" ", text).replace("&", "") if _DISPLAY.search(text) else text
 
 
 def _without_dollars(text: str) -> str:

@@ -57,9 +57,14 @@ def read_number(text: str, *, strict: bool = False) -> Quantity | None:
             no numbers with a unit.
     """
     text = clean(text)
-    if len(text) > _LONGEST or not any(map(str.isdigit, text)):
+    if not any(map(str.isdigit, text)):
+        word = _WORDS.get(text.casefold().rstrip("."))
+        return None if word is None else Quantity(Fraction(word))
+    if len(text) > _LONGEST:
         return None
     text = _as_line(text)
+    if match := _REPEATING.fullmatch(text):
+        return Quantity(_repeating(*match.groups()), is_fraction=True)
     match = _NUMBER.match(text)
     if match is None or (match["sign"] and match["sign2"]):
         return None
@@ -74,6 +79,45 @@ def read_number(text: str, *, strict: bool = False) -> Quantity | None:
     if unit[:1] == ("%",):
         return replace(number, unit=unit[1:], is_percent=True)
     return replace(number, unit=unit)
+
+
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = {word: number for number, word in enumerate(_ONES)} | {
+    f"{ten}{between}{one}": 10 * tens + ones
+    for tens, ten in enumerate(_TENS, 2)
+    for ones, one in enumerate(["", *_ONES[1:10]])
+    for between in ("-", " ")[: 2 if one else 0] or ("",)
+}
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}")
+
+
+def _repeating(sign: str, whole: str, fixed: str, period: str) -> Fraction:
+    """0.1\\overline{6} as 1/6."""
+    tail = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
+    value = Fraction(f"{whole or 0}.{fixed or 0}") + tail
+    return -value if sign == "-" else value
 
 
 def _as_line(text: str) -> str:

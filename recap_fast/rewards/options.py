@@ -139,6 +139,7 @@ _LABEL_AND_REST = re.compile(
     r"\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_LABEL_BESIDE_TEXT = re.compile(r"([A-Z])\s*\((.+)\)|(.+?)\s*[(\[]([A-Z])[)\]]", re.DOTALL)
 _HEDGE = re.compile(
     r"\b(?:or|not|nor|neither|either|maybe|perhaps|possibly|wrong|incorrect|false)\b|n't\b", re.I
 )
@@ -146,6 +147,10 @@ _HEDGE = re.compile(
 
 def _by_label_and_text(text: str, options: Options) -> set[int]:
     """ "B) Paris", "B. Paris, as it is the capital": nothing in it may speak of another option."""
+    if match := _LABEL_BESIDE_TEXT.fullmatch(text):
+        found = _by_label(match[1] or match[4], options) & _by_text(match[2] or match[3], options)
+        if found:
+            return found
     match = _LABEL_AND_REST.fullmatch(text)
     if match is None:
         return set()

@@ -114,6 +114,12 @@ def test_right_notations_are_paid_and_wrong_answers_are_not(shape):
         ("The answer is a triangle.", "A", 0),
         ("<answer>4 Privet Drive</answer>", "4 Privet Drive, Surrey", 0),
         ("### Final answer\n42", "42", 1),
+        ("<answer>forty-two</answer>", "42", 1),
+        ("<answer>forty</answer>", "42", 0),
+        ("<answer>0.1\\overline{6}</answer>", "\\frac{1}{6}", 1),
+        ("<answer>0.\\overline{6}</answer>", "\\frac{1}{6}", 0),
+        ("\\begin{align*} x &= 5 \\end{align*}", "5", 1),
+        ("The answer is 5?.", "5", 0),
         ("We check it. The answer is 42. I hope it is correct.", "42", 1),
         ("The answer is 42. Or 43.", "42", 0),
     ],
@@ -161,6 +167,9 @@ def test_a_truth_may_be_several_accepted_answers():
         (["A mammal", "A bird"], "A", "a bird", 0),
         (["1, 2", "1, 3"], "A", "1, 2", 1),
         (["yes", "no"], "B. no", "B", 1),
+        (["cat", "dog"], "B", "dog (B)", 1),
+        (["cat", "dog"], "B", "B (dog)", 1),
+        (["cat", "dog"], "B", "cat (B)", 0),
     ],
 )
 def test_options_in_all_their_forms(choices, truth, answer, expected):
