@@ -127,12 +127,15 @@ _RETRACTION = re.compile(
     r"|perhaps|hmm|unless|except|[B-HJ-Z])\b",
     re.IGNORECASE,
 )
+_CORRECTION = re.compile(r"(?:(?:so|rather|wait|no)\b,?\s*)*(?:it|I|we)\b", re.IGNORECASE)
 _NAMED = re.compile(
     r"\b(?:answer|option|choice|solution|result)\b[^.,=:\n]{0,60}?"
     r"(?:\b(?:is|are|be)\b\s*:?|[:=])\s*(?=\S)",
     re.IGNORECASE,
 )
-_HEADING = re.compile(r"(?:the )?(?:final |correct )?answer(?: is)?\s*:?", re.IGNORECASE)
+_HEADING = re.compile(
+    r"(?:the )?(?:(?:final|correct|right|best) )*answer(?: is)?\s*:?", re.IGNORECASE
+)
 _SAID = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|becomes?|makes?|yields?|means?|say|choose"
     r"|pick|select|go with|(?:it|that)'s)\b(?!\s*:)"
@@ -185,7 +188,7 @@ def _assigns_twice(sentences: list[str]) -> bool:
 
 
 def _named_claim(sentences: list[str]) -> str | None:
-    """Of the last "the answer is ..."; "" if something takes it back."""
+    """Of the last "the answer is ..."; where something takes it back, of what is said last."""
     for index in range(len(sentences) - 1, -1, -1):
         sentence = sentences[index]
         if _HEADING.fullmatch(sentence) and index == len(sentences) - 2:
@@ -197,7 +200,7 @@ def _named_claim(sentences: list[str]) -> str | None:
         if _DOUBT.search(before) or sentence.endswith("?"):
             return ""
         if _RETRACTION.search(" ".join(sentences[index + 1 :])):
-            return ""
+            return (_CORRECTION.match(sentences[-1]) and _last_claim(sentences[-1])) or ""
         return sentence[match.end() :].strip()
     return None
 
@@ -240,7 +243,7 @@ _WORD_IN_PROSE = re.compile(r"[A-Za-z]?[a-z']+[a-z]")
 
 
 def _is_mere_words(text: str) -> bool:
-    return not re.search(r"[\d,;\\]|\band\b", text) and not _DOUBT.search(text)
+    return not re.search(r"[\d,;\\]|\band\b|\b[A-Z]\.\s", text) and not _DOUBT.search(text)
 
 
 _NUMBER_IN_PROSE = re.compile(

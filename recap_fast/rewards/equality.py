@@ -183,13 +183,16 @@ def _same_shape(answer: Shape, truth: Shape) -> bool:
         return _same_in_any_order(answer.parts, truth.parts)
     if answer.kind == "ratio" or truth.kind == "ratio":
         return answer.kind == truth.kind and _all_same(answer.parts, truth.parts)
+    if answer.kind == "list":
+        named = _without_names(answer)
+        if named is not answer and truth.kind == "tuple":
+            return _all_same(named.parts, truth.parts)
+        answer = named
     if answer.kind != truth.kind:
         # Without brackets a pair may be anything, with them it may be an interval.
         both = {answer.kind, truth.kind}
         if not ("list" in both and both <= _SEQUENCES and len(truth.parts) > 2):
             return False
-    if answer.kind == "list":
-        answer = _without_names(answer)
     return _all_same(answer.parts, truth.parts)
 
 
@@ -233,6 +236,8 @@ def _same_leaf(answer: str, truth: str) -> bool:
     true_number = read_number(truth, strict=True)
     if true_number is None and _same_but_for_spaces(answer, truth):
         return True
+    if _RANGE.fullmatch(truth):
+        return False
     number = read_number(answer, strict=true_number is None)
     if true_number is not None:
         if number is not None:
@@ -242,6 +247,10 @@ def _same_leaf(answer: str, truth: str) -> bool:
         is_long = true_number.digits >= 10 and not is_integer(true_number)
         return is_long and not true_number.unit and same_formula(_unitless(answer), truth)
     return same_formula(_unitless(answer), _unitless(truth))
+
+
+_RANGE = re.compile(r"\d+\s*-\s*\d+")
+"""1990-1995 as a truth: years, pages or a score, and no difference that was left undone."""
 
 
 def _same_but_for_spaces(answer: str, truth: str) -> bool:
@@ -300,8 +309,11 @@ def _end_of_chain(answer: Shape) -> str | None:
     """5 of "x = 5" and 73 of "12 + 61 = 73", but nothing of "2x + 1 = 5" and "41 = 42"."""
     if not set(answer.signs) <= {"=", "approx", "equiv"}:
         return None
-    value = answer.parts[-1]
-    for part in answer.parts[:-1]:
+    parts = answer.parts
+    if len(parts) == 2 and _NAME.fullmatch(parts[1]) and read_number(parts[0]) is not None:
+        parts = parts[::-1]  # 5 = x
+    value = parts[-1]
+    for part in parts[:-1]:
         number = read_number(part)
         if number is not None:
             end = read_number(value)
@@ -309,7 +321,7 @@ def _end_of_chain(answer: Shape) -> str | None:
                 return None
         elif re.search(r"\d\s+[A-Za-z]", part):
             return None
-        elif part is answer.parts[0] and not _may_be_said_to_be(part):
+        elif part is parts[0] and not _may_be_said_to_be(part):
             return None
     return value
 
