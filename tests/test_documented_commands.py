@@ -200,7 +200,7 @@ def make_environment(folder: Path) -> None:
     command = folder / ".venv" / "bin" / "recap-fast"
     command.write_text(
         f"#!{folder}/.venv/bin/python\nimport sys\nfrom recap_fast.cli import main\n"
-        f"sys.exit(main())\n"
+        f'if __name__ == "__main__":\n    sys.exit(main())\n'  # reward workers import it
     )
     command.chmod(0o755)
 
