@@ -33,15 +33,11 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(row_ptr, columns, size):
-    """Logits at `columns` as they lie in memory, -inf past the row's end."""
-    return tl.load(row_ptr + columns, mask=columns < size, other=float("-inf"))
-
-
-@triton.jit
 def load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits at `columns` after the softcap, -inf past the row's end, and their slope."""
-    return cap(load_logits(row_ptr, columns, size), columns < size, softcap, HAS_SOFTCAP)
+    inside = columns < size
+    logits = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
+    return cap(logits, inside, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -89,10 +85,11 @@ def row_statistics(
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
     # A block is loaded while the one before is worked on. As it lies in memory it takes few
     # registers; left to itself, the assembler waits for every 16-byte load of 64-register threads.
-    packed = load_logits(row_ptr, offsets, size)
+    packed = tl.load(row_ptr + offsets, mask=offsets < size, other=float("-inf"))
     for start in range(0, size, BLOCK_V):
         z, _ = cap(packed, start + offsets < size, softcap, HAS_SOFTCAP)
-        packed = load_logits(row_ptr, start + BLOCK_V + offsets, size)
+        ahead = start + BLOCK_V + offsets
+        packed = tl.load(row_ptr + ahead, mask=ahead < size, other=float("-inf"))
         highest = tl.maximum(peak, tl.max(z, axis=1))
         # Where all is -inf so far, any finite reference will do.
         reference = tl.where(highest == float("-inf"), 0.0, highest)
