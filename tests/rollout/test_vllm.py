@@ -76,6 +76,21 @@ def test_rollouts_are_complete_records_in_order(
     assert len({tuple(r.token_ids) for r in rollouts}) > len(rollouts) // 2
 
 
+def test_any_stop_token_ends_a_completion_and_stays_in_it(
+    vllm_engine: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only what vLLM knows as EOS: the end of a chat template's turn too."""
+    spec = SamplingSpec(3, 24, 1.0, seed=5)
+    first = vllm_engine.generate(prompts, spec)
+    stops = {r.token_ids[2] for r in first if len(r.token_ids) > 3}
+    monkeypatch.setattr(vllm_engine, "_stop_ids", vllm_engine._stop_ids | stops)
+    for before, after in zip(first, vllm_engine.generate(prompts, spec), strict=True):
+        ends = [i for i, token in enumerate(before.token_ids) if token in vllm_engine._stop_ids]
+        wanted = before.token_ids[: ends[0] + 1] if ends else before.token_ids
+        assert after.token_ids == wanted
+        assert after.finish_reason == ("stop" if ends else "length")
+
+
 def test_seed_decides_and_global_random_state_is_untouched(
     vllm_engine: Any, model: Any, prompts: list[Prompt]
 ) -> None:
