@@ -263,6 +263,11 @@ def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     axes = figure.subplots()
     label_axes(axes, "Engine against trainer", "|Δ log-prob| of sampled tokens")
     axes.set_yscale("log")  # before the curves: one that is flat would have no linear range
+    # Also before: curves of 0 alone, from steps without policy tokens, would span no range.
+    warn = config.rollout.warn_logprob_diff
+    axes.axhline(
+        warn, color=COLOURS[1], linewidth=1, linestyle=(0, (4, 3)), label=f"warning ({warn:g})"
+    )
     drawn = False
     for name, colour in (("max", "#94a3b8"), ("mean", COLOURS[0])):
         x, y = history.series(f"rollout/logprob_diff_{name}")
@@ -273,10 +278,6 @@ def _mismatch(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     # The default labels are formulas, which are off.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    warn = config.rollout.warn_logprob_diff
-    axes.axhline(
-        warn, color=COLOURS[1], linewidth=1, linestyle=(0, (4, 3)), label=f"warning ({warn:g})"
-    )
     _legend(axes)
     return drawn
 

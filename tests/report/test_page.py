@@ -207,3 +207,13 @@ def test_figures_are_drawn_only_from_data(tmp_path: Path) -> None:
     plots = draw_plots(history, make_config(tmp_path, 1), tmp_path / "plots")
     assert [plot.name for plot in plots] == ["time"]
     assert plots[0].path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_curves_that_never_move_are_drawn_in_silence(tmp_path: Path, value: float) -> None:
+    """Nothing was learnt: no reward, no signal in any group, no policy token to compare."""
+    rows = read_metrics(make_run(tmp_path / "flat", done=3, total=3, eval_every=1))
+    flat = [{key: step if key == "step" else value for key in row} for step, row in enumerate(rows)]
+    plots = draw_plots(RunHistory(flat), make_config(tmp_path, 3), tmp_path / "plots")
+    assert {"rewards", "mismatch", "gradient"} <= {plot.name for plot in plots}
