@@ -22,7 +22,7 @@ from recap_fast.report.metrics import read_metrics
 def summarise(run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
     steps = [row for row in rows if row["step"]]
-    quarter = len(steps) // 4
+    quarter = max(1, len(steps) // 4)
     evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
     held_out = [key for key in evaluations[0] if key.startswith("eval/")]
     return {
