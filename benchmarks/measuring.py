@@ -180,6 +180,13 @@ def gemm_tflops(shape: Shape, device: torch.device) -> float:
     return shape.gemm_flops / 3 / seconds / 1e12
 
 
+def free_memory(device: torch.device) -> None:
+    """Gives back what a model that is gone has left, before the next one is made."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def time_step(
     step: Callable[[], Any],
     benchmark: Any,

@@ -83,13 +83,21 @@ def row_statistics(
     z_target = tl.where(known, z_target, float("nan"))
     total = tl.zeros([LANES], tl.float32)  # of 2^bits
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
-    # A block is loaded while the one before is worked on. As it lies in memory it takes few
-    # registers; left to itself, the assembler waits for every 16-byte load of 64-register threads.
-    packed = tl.load(row_ptr + offsets, mask=offsets < size, other=float("-inf"))
+    # 16-bit logits are loaded while the block before is worked on. As they lie in memory they take
+    # few registers; left to itself, the assembler waits for every 16-byte load of threads of 64
+    # registers. float32 logits would spill; their loads, and the narrow ones of rows that are not
+    # aligned (GROUP is 1), are under way together as it is.
+    AHEAD: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth == 16 and GROUP > 1
+    if AHEAD:
+        packed = tl.load(row_ptr + offsets, mask=offsets < size, other=float("-inf"))
     for start in range(0, size, BLOCK_V):
-        z, _ = cap(packed, start + offsets < size, softcap, HAS_SOFTCAP)
-        ahead = start + BLOCK_V + offsets
-        packed = tl.load(row_ptr + ahead, mask=ahead < size, other=float("-inf"))
+        columns = start + offsets
+        if AHEAD:
+            z, _ = cap(packed, columns < size, softcap, HAS_SOFTCAP)
+            columns += BLOCK_V
+            packed = tl.load(row_ptr + columns, mask=columns < size, other=float("-inf"))
+        else:
+            z, _ = load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP)
         highest = tl.maximum(peak, tl.max(z, axis=1))
         # Where all is -inf so far, any finite reference will do.
         reference = tl.where(highest == float("-inf"), 0.0, highest)

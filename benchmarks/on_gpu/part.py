@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 
 class SkipPartError(Exception):
     """A part that cannot run here; its text says why."""
-
-
-def free_memory(device: torch.device) -> None:
-    """Gives back what a model that is gone has left, before the next one is made."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.inputs import Shape
-from benchmarks.measuring import describe_device, gemm_tflops, median_seconds, pick_device
-from benchmarks.on_gpu.part import Context, free_memory
+from benchmarks.measuring import (
+    describe_device,
+    free_memory,
+    gemm_tflops,
+    median_seconds,
+    pick_device,
+)
+from benchmarks.on_gpu.part import Context
 from benchmarks.training_step import WORKLOADS, Step, Workload, model_flops, recap_step
 from benchmarks.vision_step import VisionWorkload
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import pick_device
-from benchmarks.on_gpu.part import Context, SkipPartError, free_memory
+from benchmarks.measuring import free_memory, pick_device
+from benchmarks.on_gpu.part import Context, SkipPartError
 from benchmarks.on_gpu.train_step import measure
 from benchmarks.training_step import WORKLOADS, make_config, make_update, model_flops, trl_step
 

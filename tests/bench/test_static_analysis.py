@@ -30,7 +30,7 @@ REFRESH = "make it again with: .venv/bin/python tools/static_tables.py"
 def own() -> dict[str, Record]:
     """Records of the test's kernels for sm_90, by case."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests" / "bench"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         table = static_table(["sm_90"], cases="static_kernels:good_and_bad")
     return {record.case: record for record in table.records}
 
@@ -67,7 +67,7 @@ def test_spills_are_seen(own: dict[str, Record]) -> None:
 
 
 def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "bench"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(StaticAnalysisError, match=r"broken, sm_80: .*(?s:.*)undefined_name"):
         static_table(["sm_80"], cases="static_kernels:broken")
 

@@ -154,7 +154,8 @@ def test_passes_are_few_and_of_equal_size(
 def test_no_pass_is_left_with_a_tail():
     """8 prompts of 64 tokens, 8 rollouts of 512 each, 16384 tokens a pass: filling one pass after
     the other makes 16097, 16161 and 1086."""
-    update = make_update(WORKLOADS["gpu"], make_config(WORKLOADS["gpu"]), torch.device("cpu"))
+    workload, device = WORKLOADS["gpu"], torch.device("cpu")
+    update = make_update(workload, make_config(workload, device), device)
     assert passes_of(update) == [16608, 16608]
 
 
