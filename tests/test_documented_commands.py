@@ -117,8 +117,9 @@ RUN = [command for command in DOCUMENTED if command not in NOT_RUN]
 def test_commands_are_found():
     page = (
         "Say `make all` or\n`recap-fast`, not `recap-fast\ndoctor`.\n```\n"
-        "# Words.\n.venv/bin/recap-fast report \\\n  runs/x   # comment\nOUT=x bash y.sh\n```\n```text\nmake it\n"
-        "```\n```python\nmake = 1\n```\nthen `python tools/x.py` and `.venv/bin/python -m x`"
+        "# Words.\n.venv/bin/recap-fast report \\\n  runs/x   # comment\nOUT=x bash y.sh\n```\n"
+        "```text\nmake it\n```\n```python\nmake = 1\n```\n"
+        "then `python tools/x.py` and `.venv/bin/python -m x`"
     )
     assert collect(page) == [
         "make all", "recap-fast doctor", "recap-fast report runs/x", "OUT=x bash y.sh",
