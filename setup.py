@@ -42,6 +42,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "lm-eval>=0.4.13",
         "ruff>=0.17,<0.18",

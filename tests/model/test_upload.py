@@ -21,6 +21,12 @@ from tests.training.test_packing import make_rows
 CUDA = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def _torchs_own_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU worker, once started in this process, has put a stand-in in its place."""
+    monkeypatch.setattr(Tensor, "pin_memory", torch._C.TensorBase.pin_memory)
+
+
 class PretendCuda(TorchFunctionMode):
     """Counts what is copied to CUDA, and keeps it here. Fails on a copy that would wait."""
 
