@@ -215,11 +215,8 @@ def signals(
     ),
 ) -> None:
     """Synthetic reward curves: readings of the paper, sensitivity, scales, failures."""
-    import torch
-
     from recap_fast.reproduce.signals_report import run_signals
 
-    torch.set_num_threads(1)  # a handful of numbers a call: more threads only wait for each other
     print(run_signals(output))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -64,6 +66,18 @@ _SCALE_HEADS = (
 _CASE_HEADS = ("c", "i", "weight meanwhile", "highest", "lowest", "weight afterwards")
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A call here is about a handful of numbers: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_signals(output: Path) -> Path:
     """Analyses, and writes signals.md, results.json and PNGs into `output`.
 

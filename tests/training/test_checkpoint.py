@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from recap_fast.config import TrainConfig, load_config
 from recap_fast.model.folder import is_checkpoint
 from recap_fast.model.policy import resolve_model
-from recap_fast.rollout.vllm import why_unavailable
+from recap_fast.rollout.vllm import _process_state_kept, why_unavailable
 from recap_fast.trainer import Trainer
 from recap_fast.training import checkpoint
 from recap_fast.training.checkpoint import (
@@ -233,10 +233,11 @@ def test_vllm_opens_a_checkpoint(newest):
     from vllm.distributed import parallel_state
 
     texts = ["1+1=", "spell cat backwards"]
-    llm = vllm.LLM(
-        str(newest), dtype="float32", max_model_len=64, enforce_eager=True,
-        kv_cache_memory_bytes=2**24, disable_log_stats=True,
-    )  # fmt: skip
+    with _process_state_kept():  # the tests after this one share the process
+        llm = vllm.LLM(
+            str(newest), dtype="float32", max_model_len=64, enforce_eager=True,
+            kv_cache_memory_bytes=2**24, disable_log_stats=True,
+        )  # fmt: skip
     try:
         settings = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         outputs = llm.generate(texts, settings, use_tqdm=False)
