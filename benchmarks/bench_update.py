@@ -5,7 +5,7 @@ head, 2 prompts x 8 rollouts x 32 tokens), split into passes as a long step is. 
 turns in one process, so that what else the machine does falls on all alike. Peak memory is that of
 a second step beyond what lies there before it, each variant in a process of its own.
 
-    python benchmarks/bench_update.py [--rounds 7] [--shapes cpu] [--passes 2]
+    python -m benchmarks.bench_update [--rounds 7] [--shapes cpu] [--passes 2]
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main() -> None:
     for name in VARIANTS:
         with context.Pool(1) as pool:
             memory[name] = pool.apply(peak_mib, (options.shapes, options.passes, name, threads))
-    print(provenance(CPU, f"python benchmarks/bench_update.py --passes {options.passes}"))
+    print(provenance(CPU, f"python -m benchmarks.bench_update --passes {options.passes}"))
     for name, (most, kept) in memory.items():
         print(f"{name:22} a step's peak {most:.0f} MiB, gradients kept {kept:.0f} MiB")
     if not options.rounds:

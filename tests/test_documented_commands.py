@@ -70,7 +70,7 @@ NOT_RUN = {
     "recap-fast reproduce digits --extended": HOURS,
     "recap-fast reproduce digits --large": GPU,
     "recap-fast reproduce text": HOURS,
-    "python benchmarks/bench_update.py": "takes minutes; it is run with --rounds 0",
+    "python -m benchmarks.bench_update": "takes minutes; it is run with --rounds 0",
     "python benchmarks/bench_step.py": "is the same as with --steps",
     "recap-fast bench policy_loss --shapes cpu": HOURS,
     "recap-fast bench policy_loss logprobs": "takes minutes; another suite is run",
@@ -205,7 +205,11 @@ def make_environment(folder: Path) -> None:
     """A .venv with this interpreter's packages, before which stands the copy of ours."""
     venv.create(folder / ".venv", symlinks=True)
     packages = next((folder / ".venv" / "lib").glob("python*/site-packages"))
-    (packages / "here.pth").write_text(f"{folder}\n{sysconfig.get_path('purelib')}\n")
+    # As an editable install: our package alone, none of the folders beside it.
+    (folder / ".venv" / "ours").mkdir()
+    (folder / ".venv" / "ours" / "recap_fast").symlink_to(folder / "recap_fast")
+    paths = (folder / ".venv" / "ours", sysconfig.get_path("purelib"))
+    (packages / "here.pth").write_text("".join(f"{path}\n" for path in paths))
     for library in Path(sys.prefix, "lib").glob("libiomp5*"):
         (folder / ".venv" / "lib" / library.name).symlink_to(library)
     command = folder / ".venv" / "bin" / "recap-fast"
