@@ -237,6 +237,8 @@ def _is_one_statement(sentences: list[str]) -> bool:
     if match is None:
         return True
     before = concluded[-1][: match.start()]
+    if match[0][:2] == "->":
+        return not before.strip()
     if match[0][0] == "=":  # an equation is judged as such
         return not DOUBT.search(before)
     return _is_mere_words(before.rstrip(" ,")) and not _NUMBER_WORD.search(before)

@@ -54,25 +54,10 @@ _NO_NOUN = re.compile(
     r"|this|that|these|those|which|\w+ly|\w*ish|\w+ious|\w+wards?|tbd|etc)"
 )
 _PLURALS = set(
-    [
-        "people",
-        "men",
-        "women",
-        "children",
-        "feet",
-        "teeth",
-        "mice",
-        "geese",
-        "fish",
-        "sheep",
-        "deer",
-        "oxen",
-        "cattle",
-        "dice",
-        "data",
-        "cacti",
-        "points",
-    ]
+    re.findall(
+        r"\w+",
+        "people men women children feet teeth mice geese fish sheep deer oxen cattle dice data",
+    )
 )
 _ADDED = re.compile(
     r"\s+(?:(?:in|of) (?:all|total)|total|altogether|overall|left|remaining|each|apiece|long|wide"
@@ -204,7 +189,7 @@ def leading_unit(rest: str) -> str | None:
         return None
     for end in range(len(words), 0, -1):
         phrase = " ".join(words[:end])
-        unit = read_unit(phrase, strict=False)
+        unit = read_unit(f" {phrase}", strict=False)
         if unit and any(word in ALIASES or word in SCALES for word in unit):
             return phrase
     return ""
