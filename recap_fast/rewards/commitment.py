@@ -14,6 +14,13 @@ from recap_fast.rewards.doubt import DOUBT
 _THOUGHT = re.compile(r"</?think>")
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_MARKED_LINE = re.compile(r"^[ \t]*####(.*)", re.MULTILINE)
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|neither|either|maybe|perhaps|possibly|unlikely|except|than)|n't)"
+    r"[\s$\\(\[*:]*$",
+    re.IGNORECASE,
+)
+"""What takes an answer back before it is given."""
 _LONGEST_STATEMENT = 500  # characters; of longer texts the end is read
 
 
@@ -31,6 +38,10 @@ def extract_answer(completion: str) -> str:
 def commitments(completion: str) -> list[str]:
     """All texts that a completion gives as its final answer: each must be right."""
     found, rest = written_answers(completion)
+    text = spoken(completion)
+    first = _ANSWER_TAG.search(text) or _BOX.search(text)
+    if first and _DENIAL.search(text[: first.start()][-_LONGEST_STATEMENT:]):
+        return []
     return [] if _takes_back(rest) else _distinct([*found, *_said_after(rest)])
 
 
@@ -48,16 +59,16 @@ def written_answers(completion: str) -> tuple[list[str], str]:
         return [], ""
     if boxed[0]:
         return _distinct(boxed[0]), boxed[1]
-    marked = [line.strip() for line in re.findall(r"^[ \t]*####(.*)", text, re.MULTILINE)]
-    return _distinct([line for line in marked if line] or [text.strip()]), ""
+    marked = [line for line in _MARKED_LINE.finditer(text) if line[1].strip()]
+    if not marked:
+        return _distinct([text.strip()]), ""
+    return _distinct([line[1].strip() for line in marked]), text[marked[-1].end() :]
 
 
 def is_marked(completion: str) -> bool:
     """Whether an answer stands in tags, in a box or after ####, and is no prose."""
     text = spoken(completion)
-    return bool(
-        _ANSWER_TAG.search(text) or _BOX.search(text) or re.search(r"(?m)^[ \t]*####", text)
-    )
+    return any(pattern.search(text) for pattern in (_ANSWER_TAG, _BOX, _MARKED_LINE))
 
 
 def spoken(completion: str) -> str:
@@ -168,6 +179,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+(?=[^\s.!?])|\n+")
 _COURTESY = re.compile(
     r"(?:please )?(?:let me know|feel free|(?:I )?hope)\b[^\d\\=]*", re.IGNORECASE
 )
+_BARE_NUMBER = re.compile(r"^(?!.*[a-z]{2}).*\d")
 _VALUE_SAID = re.compile(
     r"(?:\b(?:is|are|be|was|equals?|say|get|means?)\b|'s\b|[=:]|->)\W*\d", re.I
 )
@@ -180,15 +192,9 @@ def _takes_back(rest: str) -> bool:
 
 
 def _said_after(rest: str) -> list[str]:
-    """The last answer that is named after a box or a tag; it must be right, too."""
+    """Answers that are named after a box or a tag; they must be right, too."""
     sentences = [s for s in _sentences(rest) if not _COURTESY.fullmatch(s)]
-    if not any(_NAMED.search(s) or _VALUE_SAID.search(s) for s in sentences):
-        return []
-    return [
-        sentence
-        for sentence in sentences
-        if _NAMED.search(sentence) or _VALUE_SAID.search(sentence)
-    ]
+    return [s for s in sentences if any(p.search(s) for p in (_NAMED, _VALUE_SAID, _BARE_NUMBER))]
 
 
 def claims(text: str, *, prose: bool = True) -> Iterator[str]:
@@ -220,15 +226,20 @@ def claims(text: str, *, prose: bool = True) -> Iterator[str]:
         claim = _what_is_said(claim, match)
 
 
-def _is_a_reason(sentence: str) -> bool:
-    """Whether a sentence may go before an answer: it says something, and proposes no answer."""
-    proposes = _SAID.search(sentence) or DOUBT.search(sentence) or _CONCLUSION.search(sentence)
-    return not proposes and len(re.findall(r"\b[a-z]{2,}\b", sentence)) > 2
+def _is_a_reason(sentence: str, is_named: bool) -> bool:
+    """Whether a sentence may go before an answer: it says something, and proposes no answer; but
+    for "the answer is ..." anything may."""
+    if DOUBT.search(sentence) or _NAMED.search(sentence):
+        return False
+    proposes = _SAID.search(sentence) or _CONCLUSION.search(sentence)
+    words = re.findall(r"\b[a-z]{2,}\b", sentence)
+    return len(words) > 1 if is_named else len(words) > 2 and not proposes
 
 
 def _is_one_statement(sentences: list[str]) -> bool:
     """Whether a text makes one statement, with no reasons or candidates before what it says."""
-    if not all(_HEADING.fullmatch(one) or _is_a_reason(one) for one in sentences[:-1]):
+    is_named = bool(_NAMED.search(sentences[-1]))
+    if not all(_HEADING.fullmatch(s) or _is_a_reason(s, is_named) for s in sentences[:-1]):
         return False
     concluded = _CONCLUSION.split(sentences[-1])
     if any(part.strip(" ,") for part in concluded[:-1]):
@@ -287,7 +298,7 @@ def _names_another(sentences: list[str], claim: str) -> bool:
     """Whether an earlier sentence names another answer. It may deny one, and say so."""
     for sentence in sentences:
         match = _NAMED.search(sentence)
-        if match and not DOUBT.search(sentence):
+        if match and "answer" in match[0].casefold() and not DOUBT.search(sentence):
             said = sentence[match.end() :].strip()
             if said.strip(" .*$").casefold() != claim.strip(" .*$").casefold():
                 return True
