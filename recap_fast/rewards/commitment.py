@@ -181,7 +181,8 @@ _COURTESY = re.compile(
 )
 _BARE_NUMBER = re.compile(r"^(?!.*[a-z]{2}).*\d")
 _VALUE_SAID = re.compile(
-    r"(?:\b(?:is|are|be|was|equals?|say|get|means?)\b|'s\b|[=:]|->)\W*\d", re.I
+    r"(?:\b(?:is|are|be|was|equals?|say|get|means?)\b|'s\b|[=:]|->)\W*(?:\d|(?-i:[A-Z]\w+)\W*$)",
+    re.I,
 )
 
 

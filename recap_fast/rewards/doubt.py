@@ -16,7 +16,7 @@ _HEDGES = (
 )
 _VERDICTS = (
     r"wrong\w*|incorrect\w*|false\w*|invalid|mistak\w+|erroneous\w*|errors?|inaccurate\w*"
-    r"|reject\w*|refut\w*|den(?:y|ied|ies)|fake|bogus|retract\w*|disregard|ignore|scratch"
+    r"|reject\w*|refut\w*|den(?:y|ied|ies)|fake|bogus|retract\w*|disregard|ignore|scratch|strike|fails"
     r"|opposite|contrary|reversed?|conversely|correction"
 )
 _TURNS = r"rather|instead|but|wait|actually|however|although|though|oops|sorry"

@@ -45,12 +45,12 @@ SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
 _NO_NOUN = re.compile(
-    r"(?:and|to|too|than|less|more|fewer|few|many|much|plus|minus|over|times|divided|by|isn|is|are"
+    r"(?:and|to|too|than|less|fewer|few|many|much|plus|minus|over|divided|by|isn|is|are"
     r"|was|were|be|am|pm|x|y|z|i|e|point|comma|dot|dozens?|score|factorial|pi|tau|negative"
     r"|positive|below|above|under|beyond|past|remainder|modulo|mod|root|roots|cube|power|powers|exponent|take|away|added"
-    r"|choose|half|halves|thirds?|fourths?|quarters?|\w+(?:fth|xth|nth|hth|eth|dth)s?|eighths?|tenths?"
+    r"|choose|half|halves|thirds?|fourths?|quarters?|(?:fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+lion)ths?"
     r"|doubled?|tripled?|halved|twice|thrice|once|fold|exactly|base|log|ln|sin|cos|tan|sqrt|mega"
-    r"|giga|micro|nano|so|then|thus|hence|well|first|last|next|after|before|same|on|at|up|down|it"
+    r"|giga|micro|nano|lakhs?|crores?|gross|googols?|so|then|thus|hence|well|first|last|next|after|before|same|on|at|up|down|it"
     r"|this|that|these|those|which|\w+ly|\w*ish|\w+ious|\w+wards?|tbd|etc)"
 )
 _PLURALS = set(
@@ -133,7 +133,10 @@ def _is_no_noun(word: str) -> bool:
     return bool(
         _NO_NOUN.fullmatch(word)
         or DOUBT.search(word)
-        or (word in NUMBER_WORDS and word not in SCALES)
+        or any(
+            w in NUMBER_WORDS and w not in SCALES
+            for w in (word, word.removesuffix("s"), word.removesuffix("es"))
+        )
     )
 
 

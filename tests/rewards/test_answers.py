@@ -163,6 +163,13 @@ IN_TAGS = {
         "1234": ([], ["1234-ish", "1234ish"]),
         "42": (["42 clips"], ["42 perhaps", "42 supposedly", "42 ish", "42 or so"]),
     },
+    "what a sentence goes on with": {
+        "5 m": (["She walks 5 meters."], ["It is 5 square meters.", "It is 5 meters per second."]),
+        "42": (
+            ["There are 42 students.", "She has 42 apples left.", "42 people", "42 boxes of pens"],
+            ["It is 42 dozen", "It is 42 and a half", "42 give or take", "42 minus", "42 hundred"],
+        ),
+    },
     "another unit": {
         "5\\text{ inches}": (
             ["5 inches", "5 in", "5", '5"', "five inches"],
@@ -300,6 +307,22 @@ def test_answers_in_tags(kind):
         ("\\boxed{42}\n\nThe answer is 42.", 1),
         ("It's 42!", 1),
         ("<Answer>42</Answer>", 1),
+        ("\\boxed{42} 41", 0),
+        ("<answer>42</answer> 41", 0),
+        ("\\boxed{42}, I made an error", 0),
+        ("\\boxed{42}. Correction: 41", 0),
+        ("#### 42\nwait, 41", 0),
+        ("#### 41\n#### 42", 0),
+        ("It is not \\boxed{42}", 0),
+        ("The answer isn't \\boxed{42}.", 0),
+        ("Not <answer>42</answer>", 0),
+        ("Maybe \\boxed{42}", 0),
+        ("Answer: 41\nAnswer: 42", 0),
+        ("The solution is easy. The answer is 42.", 1),
+        ("So \\boxed{42} is the answer, as 40 + 2 = 42.", 1),
+        ("\\boxed{42} clips in May.", 1),
+        ("<answer>42</answer>.", 1),
+        ("<answer>Step 1: add 40 and 2.\nThe answer is 42.</answer>", 1),
         ("<ANSWER>41</ANSWER> <answer>42</answer>", 0),
     ],
 )
