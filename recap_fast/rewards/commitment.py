@@ -42,7 +42,7 @@ def commitments(completion: str) -> list[str]:
     first = _ANSWER_TAG.search(text) or _BOX.search(text)
     if first and _DENIAL.search(text[: first.start()][-_LONGEST_STATEMENT:]):
         return []
-    return [] if _takes_back(rest) else _distinct([*found, *_said_after(rest)])
+    return [] if _takes_back(rest) else _distinct([*found, *_said_after(rest, found)])
 
 
 def written_answers(completion: str) -> tuple[list[str], str]:
@@ -179,6 +179,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+(?=[^\s.!?])|\n+")
 _COURTESY = re.compile(
     r"(?:please )?(?:let me know|feel free|(?:I )?hope)\b[^\d\\=]*", re.IGNORECASE
 )
+_PRAISE = re.compile(r"[^\d\\=]*\b(?:correct|right|above|required)[.! ]*", re.IGNORECASE)
 _BARE_NUMBER = re.compile(r"^(?!.*[a-z]{2}).*\d")
 _VALUE_SAID = re.compile(
     r"(?:\b(?:is|are|be|was|equals?|say|get|means?)\b|'s\b|[=:]|->)\W*(?:\d|(?-i:[A-Z]\w+)\W*$)",
@@ -192,9 +193,15 @@ def _takes_back(rest: str) -> bool:
     return any(DOUBT.search(s) or s.endswith("?") for s in sentences)
 
 
-def _said_after(rest: str) -> list[str]:
+def _said_after(rest: str, found: list[str]) -> list[str]:
     """Answers that are named after a box or a tag; they must be right, too."""
     sentences = [s for s in _sentences(rest) if not _COURTESY.fullmatch(s)]
+    sentences = [
+        s
+        for s in sentences
+        if not any(re.search(rf"(?<![\w.,-]){re.escape(text)}[\s.*$!]*$", s) for text in found)
+        and not _PRAISE.fullmatch(s)
+    ]
     return [s for s in sentences if any(p.search(s) for p in (_NAMED, _VALUE_SAID, _BARE_NUMBER))]
 
 
