@@ -9,11 +9,20 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from recap_fast.rewards.commitment import claims, commitments, extract_answer, only_number, unboxed
+from recap_fast.rewards.commitment import (
+    claims,
+    commitments,
+    extract_answer,
+    is_marked,
+    only_number,
+    unboxed,
+    written_answers,
+)
 from recap_fast.rewards.equality import same
-from recap_fast.rewards.notation import clean_lines
-from recap_fast.rewards.numbers import is_unit, read_number
+from recap_fast.rewards.notation import clean_lines, words
+from recap_fast.rewards.numbers import read_number
 from recap_fast.rewards.options import Options, names_right_options, read_options, right_options
+from recap_fast.rewards.units import leading_unit
 from recap_fast.rewards.unreadable import Unreadable, describe
 from recap_fast.types import RewardSample
 
@@ -49,7 +58,8 @@ def accuracy(sample: RewardSample, *, choices: str | None = None) -> float:
         found = commitments(sample.assistant_turn)
         if known is not None:
             return float(_all_name(found, right, known))
-        return float(any(_all_are(found, truth) for truth in truths))
+        prose = not is_marked(sample.assistant_turn)
+        return float(any(_all_are(found, truth, prose=prose) for truth in truths))
     except (Exception, SystemExit) as error:  # noqa: BLE001 (parsers raise anything)
         return Unreadable(describe(error))
 
@@ -76,20 +86,24 @@ def _truth_text(answer: Any) -> str:
     if not isinstance(answer, str):
         raise TypeError(f"the truth must be a text, a number or a list of such, got {answer!r}")
     text = _true_answer(answer)
-    if not text:
-        raise ValueError("the truth is empty")
+    if not words(text).strip(" $*\\{}\"'`.,;:") or words(text).lstrip("+-") in _NO_NUMBERS:
+        raise ValueError(f"the truth {answer[:200]!r} says nothing")
     return text
+
+
+_NO_NUMBERS = {"nan", "inf"}
 
 
 @lru_cache(maxsize=1024)
 def _true_answer(text: str) -> str:
     """A truth without what data sets write around it: GSM8K the solution, then "#### result";
-    others keep the tags or the \\boxed{} of a solution."""
+    others keep the tags or the \\boxed{} of a solution, whose last box counts."""
     text = text.rpartition("####")[2].strip()
-    found = commitments(text)
-    if "<answer>" in text or "\\boxed" in text or "</think>" in text:
-        return unboxed(found[-1]) if found else ""
-    return text
+    if not is_marked(text) and "think>" not in text:
+        return text
+    found, _ = written_answers(text)
+    is_tagged = "<answer>" in text
+    return unboxed(found[-1]) if found and not (is_tagged and len(found) > 1) else ""
 
 
 def _all_name(found: list[str], right: frozenset[int], options: Options) -> bool:
@@ -99,29 +113,30 @@ def _all_name(found: list[str], right: frozenset[int], options: Options) -> bool
     return bool(found) and all(names_right_options(text, right, options) for text in found)
 
 
-def _all_are(found: list[str], truth: str) -> bool:
+def _all_are(found: list[str], truth: str, *, prose: bool) -> bool:
     """Whether all that a completion commits to is right, or its parts together: two boxes for two
     roots."""
     if len(found) > 1 and same(", ".join(found), truth):
         return True
-    return bool(found) and all(_is_right(text, truth) for text in found)
+    return bool(found) and all(_is_right(text, truth, prose=prose) for text in found)
 
 
 _PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
-def _is_right(answer: str, truth: str) -> bool:
+def _is_right(answer: str, truth: str, *, prose: bool) -> bool:
     if _PLAIN_INTEGER.fullmatch(answer) and _PLAIN_INTEGER.fullmatch(truth):
         return int(answer) == int(truth)  # the most frequent case, at no cost
     if same(answer, truth):
         return True
     cleaned = clean_lines(answer)
-    if any(same(claim, truth) for claim in claims(cleaned)):
+    if any(same(claim, truth) for claim in claims(cleaned, prose=prose)):
         return True
     if read_number(truth, strict=True) is None:
         return False
-    found = only_number(cleaned)
+    found = only_number(cleaned, prose=prose)
     if found is None:
         return False
-    number, unit = found
-    return same(f"{number} {unit}" if is_unit(unit) else number, truth)
+    number, behind = found
+    unit = leading_unit(behind)
+    return unit is not None and same(f"{number} {unit}", truth)

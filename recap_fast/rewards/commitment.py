@@ -9,9 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from recap_fast.rewards.doubt import DOUBT
+
 _THOUGHT = re.compile(r"</?think>")
-_ANSWER_TAG = re.compile(r"</?answer>")
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_MARKED_LINE = re.compile(r"^[ \t]*####(.*)", re.MULTILINE)
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|neither|either|maybe|perhaps|possibly|unlikely|except|than)|n't)"
+    r"[\s$\\(\[*:]*$",
+    re.IGNORECASE,
+)
+"""What takes an answer back before it is given."""
 _LONGEST_STATEMENT = 500  # characters; of longer texts the end is read
 
 
@@ -28,21 +37,38 @@ def extract_answer(completion: str) -> str:
 
 def commitments(completion: str) -> list[str]:
     """All texts that a completion gives as its final answer: each must be right."""
+    found, rest = written_answers(completion)
     text = spoken(completion)
-    if "answer>" in text:
+    first = _ANSWER_TAG.search(text) or _BOX.search(text)
+    if first and _DENIAL.search(text[: first.start()][-_LONGEST_STATEMENT:]):
+        return []
+    return [] if _takes_back(rest) else _distinct([*found, *_said_after(rest, found)])
+
+
+def written_answers(completion: str) -> tuple[list[str], str]:
+    """The texts that stand where answers do, and what is said after the last tag or box."""
+    text = spoken(completion)
+    if _ANSWER_TAG.search(text):
         tagged = _in_tags(text)
-        if tagged is None:
-            return []
-        contents, rest = tagged
-        boxed = _in_boxes(rest)
-        return [] if boxed is None else _distinct([unboxed(c) for c in contents] + boxed)
+        boxed = tagged and _in_boxes(tagged[1])
+        if not tagged or not boxed:
+            return [], ""
+        return _distinct([unboxed(c) for c in tagged[0]] + boxed[0]), boxed[1]
     boxed = _in_boxes(text)
     if boxed is None:
-        return []
-    if boxed:
-        return _distinct(boxed)
-    marked = [line.strip() for line in re.findall(r"^\s*####(.*)", text, re.MULTILINE)]
-    return _distinct([line for line in marked if line] or [text.strip()])
+        return [], ""
+    if boxed[0]:
+        return _distinct(boxed[0]), boxed[1]
+    marked = [line for line in _MARKED_LINE.finditer(text) if line[1].strip()]
+    if not marked:
+        return _distinct([text.strip()]), ""
+    return _distinct([line[1].strip() for line in marked]), text[marked[-1].end() :]
+
+
+def is_marked(completion: str) -> bool:
+    """Whether an answer stands in tags, in a box or after ####, and is no prose."""
+    text = spoken(completion)
+    return any(pattern.search(text) for pattern in (_ANSWER_TAG, _BOX, _MARKED_LINE))
 
 
 def spoken(completion: str) -> str:
@@ -61,7 +87,7 @@ def _in_tags(text: str) -> tuple[list[str], str] | None:
     start: int | None = None
     end = 0
     for tag in _ANSWER_TAG.finditer(text):
-        if tag[0] == "<answer>":
+        if tag[0][1] != "/":
             start = tag.end()
         elif start is not None:
             contents.append(text[start : tag.start()].strip())
@@ -75,8 +101,8 @@ def _in_tags(text: str) -> tuple[list[str], str] | None:
     return said, text[end:]
 
 
-def _in_boxes(text: str) -> list[str] | None:
-    """Contents of the outermost boxes; None if one is unfinished."""
+def _in_boxes(text: str) -> tuple[list[str], str] | None:
+    """Contents of the outermost boxes, and what follows the last; None if one is unfinished."""
     contents = []
     position = 0
     while match := _BOX.search(text, position):
@@ -84,18 +110,31 @@ def _in_boxes(text: str) -> list[str] | None:
         if end is None:
             return None
         contents.append(unboxed(text[match.end() + 1 : end].strip()))
-        position = end
-    return [content for content in contents if content]
+        position = end + 1
+    return [content for content in contents if content], text[position:]
 
 
 def unboxed(text: str) -> str:
-    """A text with boxes replaced by what stands in them."""
-    while match := _BOX.search(text):
-        end = closing(text, match.end())
-        if end is None:
-            return ""
-        text = text[: match.start()] + text[match.end() + 1 : end] + text[end + 1 :]
-    return text.strip()
+    """A text with boxes replaced by what stands in them; "" if one is unfinished."""
+    kept: list[str] = []
+    open_boxes: list[bool] = []  # of each open bracket, whether it is a box's
+    position = 0
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            box = _BOX.match(text, position)
+            if box:
+                open_boxes.append(True)
+            else:
+                kept.append(text[position : position + 2])
+            position = box.end() + 1 if box else position + 2
+            continue
+        if character == "{":
+            open_boxes.append(False)
+        if character != "}" or not (open_boxes and open_boxes.pop()):
+            kept.append(character)
+        position += 1
+    return "" if any(open_boxes) else "".join(kept).strip()
 
 
 def closing(text: str, start: int) -> int | None:
@@ -115,19 +154,8 @@ def _distinct(texts: list[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-_DOUBT = re.compile(
-    r"\b(?:not|never|no|none|nor|neither|either|or|cannot|without|nothing|nobody|isnt|except"
-    r"|unless|if|whether|suppose|assume|assuming|maybe|perhaps|possibly|might|(?-i:may)|could|doubt"
-    r"|unlikely|impossible|wrong|incorrect|false|rather|instead|but|between|anything|other)\b|n't\b",
-    re.IGNORECASE,
-)
-"""What makes a statement no plain one: negations, conditions, alternatives, hedges."""
-_RETRACTION = re.compile(
-    r"\d|\\[A-Za-z]|\b(?:wait|no|not|actually|however|but|or|alternatively|also|instead|maybe"
-    r"|perhaps|hmm|unless|except|[B-HJ-Z])\b",
-    re.IGNORECASE,
-)
-_CORRECTION = re.compile(r"(?:(?:so|rather|wait|no)\b,?\s*)*(?:it|I|we)\b", re.IGNORECASE)
+_RETRACTION = re.compile(r"\d|\\[A-Za-z]|\b(?:also|(?-i:[B-HJ-Z]))\b", re.IGNORECASE)
+_CORRECTION = re.compile(r"(?:(?:so|rather|wait|no)\b,?\s*)*((?:it|I|we)\b.*)", re.IGNORECASE)
 _NAMED = re.compile(
     r"\b(?:answer|option|choice|solution|result)\b[^.,=:\n]{0,60}?"
     r"(?:\b(?:is|are|be)\b\s*:?|[:=])\s*(?=\S)",
@@ -148,14 +176,49 @@ _CONCLUSION = re.compile(
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+(?=[^\s.!?])|\n+")
 
 
-def claims(text: str) -> Iterator[str]:
+_COURTESY = re.compile(
+    r"(?:please )?(?:let me know|feel free|(?:I )?hope)\b[^\d\\=]*", re.IGNORECASE
+)
+_PRAISE = re.compile(r"[^\d\\=]*\b(?:correct|right|above|required)[.! ]*", re.IGNORECASE)
+_BARE_NUMBER = re.compile(r"^(?!.*[a-z]{2}).*\d")
+_VALUE_SAID = re.compile(
+    r"(?:\b(?:is|are|be|was|equals?|say|get|means?)\b|'s\b|[=:]|->)\W*(?:\d|(?-i:[A-Z]\w+)\W*$)",
+    re.I,
+)
+
+
+def _takes_back(rest: str) -> bool:
+    """Whether something is said after a box or a tag that makes its answer no plain one."""
+    sentences = [s for s in _sentences(rest) if not _COURTESY.fullmatch(s)]
+    return any(DOUBT.search(s) or s.endswith("?") for s in sentences)
+
+
+def _said_after(rest: str, found: list[str]) -> list[str]:
+    """Answers that are named after a box or a tag; they must be right, too."""
+    sentences = [s for s in _sentences(rest) if not _COURTESY.fullmatch(s)]
+    sentences = [
+        s
+        for s in sentences
+        if not any(re.search(rf"(?<![\w.,-]){re.escape(text)}[\s.*$!]*$", s) for text in found)
+        and not _PRAISE.fullmatch(s)
+    ]
+    return [s for s in sentences if any(p.search(s) for p in (_NAMED, _VALUE_SAID, _BARE_NUMBER))]
+
+
+def claims(text: str, *, prose: bool = True) -> Iterator[str]:
     """What the final statement of a text claims, from the whole claim to its core: of "So the
     answer is easy: 42." first "easy: 42", then "42".
 
     Only words may be left out on the way: no number, no comma, no alternative, no negation.
+
+    Args:
+        prose: the text is all that was said. What stands in tags or a box is no place for
+            reasons: nothing but names may go before the answer there.
     """
     sentences = _sentences(text)
     if not sentences or _assigns_twice(sentences):
+        return
+    if not prose and not _is_one_statement(sentences):
         return
     claim = _named_claim(sentences)
     if claim is None:
@@ -171,11 +234,42 @@ def claims(text: str) -> Iterator[str]:
         claim = _what_is_said(claim, match)
 
 
+def _is_a_reason(sentence: str, is_named: bool) -> bool:
+    """Whether a sentence may go before an answer: it says something, and proposes no answer; but
+    for "the answer is ..." anything may."""
+    if DOUBT.search(sentence) or _NAMED.search(sentence):
+        return False
+    proposes = _SAID.search(sentence) or _CONCLUSION.search(sentence)
+    words = re.findall(r"\b[a-z]{2,}\b", sentence)
+    return len(words) > 1 if is_named else len(words) > 2 and not proposes
+
+
+def _is_one_statement(sentences: list[str]) -> bool:
+    """Whether a text makes one statement, with no reasons or candidates before what it says."""
+    is_named = bool(_NAMED.search(sentences[-1]))
+    if not all(_HEADING.fullmatch(s) or _is_a_reason(s, is_named) for s in sentences[:-1]):
+        return False
+    concluded = _CONCLUSION.split(sentences[-1])
+    if any(part.strip(" ,") for part in concluded[:-1]):
+        return False
+    match = _SAID.search(concluded[-1])
+    if match is None:
+        return True
+    before = concluded[-1][: match.start()]
+    if match[0][:2] == "->":
+        return not before.strip()
+    if match[0][0] == "=":  # an equation is judged as such
+        return not DOUBT.search(before)
+    return _is_mere_words(before.rstrip(" ,")) and not _NUMBER_WORD.search(before)
+
+
 def _sentences(text: str) -> list[str]:
+    is_cut = len(text) > _LONGEST_STATEMENT
     text = text[-_LONGEST_STATEMENT:].strip()
     # The rows of a matrix are no statements.
     text = re.sub(r"\\begin\{.*\\end\{[^}]*\}", lambda m: " ".join(m[0].split()), text, flags=re.S)
-    return [part for part in (p.strip() for p in _SENTENCE_END.split(text)) if part]
+    parts = [part for part in (p.strip() for p in _SENTENCE_END.split(text)) if part]
+    return parts[1:] if is_cut and len(parts) > 1 else parts
 
 
 def _assigns_twice(sentences: list[str]) -> bool:
@@ -197,16 +291,34 @@ def _named_claim(sentences: list[str]) -> str | None:
         if match is None:
             continue
         before = re.split(r"[,;]", sentence[: match.end()])[-1]
-        if _DOUBT.search(before) or sentence.endswith("?"):
+        if DOUBT.search(before) or sentence.endswith("?"):
             return ""
-        if _RETRACTION.search(" ".join(sentences[index + 1 :])):
-            return (_CORRECTION.match(sentences[-1]) and _last_claim(sentences[-1])) or ""
-        return sentence[match.end() :].strip()
+        after = " ".join(sentences[index + 1 :])
+        if _RETRACTION.search(after) or DOUBT.search(after):
+            correction = _CORRECTION.fullmatch(sentences[-1])
+            return (correction and _last_claim(correction[1])) or ""
+        claim = sentence[match.end() :].strip()
+        return "" if _names_another(sentences[:index], claim) else claim
     return None
+
+
+def _names_another(sentences: list[str], claim: str) -> bool:
+    """Whether an earlier sentence names another answer. It may deny one, and say so."""
+    for sentence in sentences:
+        match = _NAMED.search(sentence)
+        if match and "answer" in match[0].casefold() and not DOUBT.search(sentence):
+            said = sentence[match.end() :].strip()
+            if said.strip(" .*$").casefold() != claim.strip(" .*$").casefold():
+                return True
+    return False
+
+
+_EXCLAIMED = re.compile(r"(\b(?:it|that)(?:'s| is) [-\d.,]+)!$", re.IGNORECASE)
 
 
 def _last_claim(sentence: str) -> str | None:
     """Of a statement such as "so it is 42"."""
+    sentence = _EXCLAIMED.sub(r"\1", sentence)
     if sentence.endswith("?"):
         return None
     concluded = _CONCLUSION.split(sentence)
@@ -214,7 +326,7 @@ def _last_claim(sentence: str) -> str | None:
     match = _SAID.search(last)
     if match is None:
         return last if len(concluded) > 1 else None
-    if _DOUBT.search(last[: match.start()]):
+    if DOUBT.search(last[: match.start()]):
         return None
     return _what_is_said(last, match)
 
@@ -239,11 +351,16 @@ def _left_side(before: str) -> str:
     return " ".join(tokens[start:])
 
 
+_NUMBER_WORD = re.compile(
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty"
+    r"|hundred|thousand|million)\b",
+    re.IGNORECASE,
+)
 _WORD_IN_PROSE = re.compile(r"[A-Za-z]?[a-z']+[a-z]")
 
 
 def _is_mere_words(text: str) -> bool:
-    return not re.search(r"[\d,;\\]|\band\b|\b[A-Z]\.\s", text) and not _DOUBT.search(text)
+    return not re.search(r"[\d,;\\]|\band\b|\b[A-Z]\.\s", text) and not DOUBT.search(text)
 
 
 _NUMBER_IN_PROSE = re.compile(
@@ -257,14 +374,18 @@ _INEXACT = re.compile(
 )
 
 
-def only_number(text: str) -> tuple[str, str] | None:
-    """The number of a final statement in words that has no other, as it is claimed, and the word
-    behind it: "48 + 24 = 72" and "clips" of "She sold 48 + 24 = 72 clips in May." """
+def only_number(text: str, *, prose: bool = True) -> tuple[str, str] | None:
+    """The number of a final statement in words that has no other, as it is claimed, and what is
+    behind it: "48 + 24 = 72" and " clips in May" of "She sold 48 + 24 = 72 clips in May." """
     sentences = _sentences(text)
     if not sentences or "?" in sentences[-1]:
         return None
     last = sentences[-1]
-    if len(re.findall(r"\b[a-z]{2,}\b", last)) < 2 or _DOUBT.search(last) or _INEXACT.search(last):
+    if not prose and (len(sentences) > 1 or _NUMBER_WORD.search(last)):
+        return None
+    if any(_NAMED.search(sentence) for sentence in sentences[:-1]):
+        return None  # which said what the answer is
+    if len(re.findall(r"\b[a-z]{2,}\b", last)) < 2 or DOUBT.search(last) or _INEXACT.search(last):
         return None
     before, equals, after = last.rpartition("=")
     if equals and ("=" in before) and re.search(r"[,;]|\band\b", before[before.index("=") :]):
@@ -275,6 +396,8 @@ def only_number(text: str) -> tuple[str, str] | None:
     if len(found) != 1 or len(re.findall(r"\d[\d.,/]*", after)) != 1:
         return None
     left = _left_side(before) if equals else ""
-    unit = re.match(r"\s*-?([A-Za-z]+|\^\S+)", after[found[0].end() :])
     number = found[0][0].strip()
-    return f"{left} = {number}" if left else number, unit[1] if unit else ""
+    behind = after[found[0].end() :]
+    if not (equals or after[: found[0].start()].strip()) or _NUMBER_WORD.search(behind):
+        return None  # the whole is no number with a unit, as would have been read
+    return f"{left} = {number}" if left else number, behind

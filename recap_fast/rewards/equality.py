@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from recap_fast.rewards.dates import read_moment
-from recap_fast.rewards.formulas import proportional, same_formula, to_latex
+from recap_fast.rewards.doubt import DOUBT, DOUBT_OF_A_NO
+from recap_fast.rewards.formulas import is_formula, proportional, same_formula, to_latex
 from recap_fast.rewards.notation import SET_CLOSE, SET_OPEN, clean, enclosed, split_top, words
 from recap_fast.rewards.numbers import is_integer, read_number, same_number
 
@@ -21,12 +22,20 @@ _SEPARATOR = re.compile(r"\s*[,;]\s*(?:and|or)\s+|\s*[,;]\s*|\s+(?:and|or)\s+|\s
 _UNION = re.compile(r"\\cup(?![A-Za-z])|\bU\b")
 _RELATION = re.compile(r"\\(le|ge|ne|approx|equiv)(?![A-Za-z])|([<>])|(?<![<>!:])(=)")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
-_MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"(?:[A-Za-z]\s*=\s*)?\\begin\{([pbBvV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}",
+    re.DOTALL,
+)
 _RATIO = re.compile(
     r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)(?:\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?))?"
 )
+_OR = re.compile(r"\s*[,;]?\s*\bor\b\s*")
+_REVERSED = re.compile(r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
+_EMPTY_SET = re.compile(rf"(?:the )?empty set|[{{{SET_OPEN}]\s*[}}{SET_CLOSE}]", re.IGNORECASE)
+_ROW_END = re.compile(r"\\\\(?:\s*\[[\d.]+\s*(?:pt|ex|em|mm|cm)\])?")
 _MOST_ITEMS = 50
 _YES_NO = {"yes", "no", "true", "false"}
+_ANY_YES_NO = re.compile(r"\b(?:yes|yeah|yep|no|true|false)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,17 +97,28 @@ def _is_same_word(answer: str, truth: str) -> bool:
         )
     if truth in _YES_NO:
         match = re.match(r"([a-z]+)\s*[,.;:-]\s", answer.casefold())
-        rest = set(re.findall(r"[a-z]+", answer.casefold()[match.end() :])) if match else set()
-        return match is not None and match[1] == truth and not rest & (_YES_NO | {"or", "maybe"})
-    return False
+        if match is None or match[1] != truth:
+            return False
+        reason = answer[match.end() :]
+        doubt = DOUBT if truth in ("yes", "true") else DOUBT_OF_A_NO
+        return not (doubt.search(reason) or _ANY_YES_NO.search(reason))
+    match = re.fullmatch(r"\(([^()]*)\)", answer)
+    if match and words(match[1]) == truth:
+        return True
+    # xy as x \\cdot y
+    factors = re.sub(r"\\(?:cdot|times)(?![A-Za-z])|\*|\s", "", answer)
+    return len(truth) <= 3 and factors != answer and factors == truth
 
 
 @lru_cache(maxsize=4096)
 def shape(text: str) -> Shape:
     """Takes a cleaned text apart, one level."""
     text = _MEMBER.sub("", text.strip().rstrip(".").strip())
+    text = _REVERSED.sub(_turned, text)
+    if _EMPTY_SET.fullmatch(text):
+        return Shape("one", ("\\emptyset",))
     if match := _MATRIX.fullmatch(text):
-        return _matrix(match[1], [row.split("&") for row in match[2].split("\\\\")])
+        return _matrix(match[1], [row.split("&") for row in _ROW_END.split(match[2])])
     union = split_top(text, _UNION)
     if len(union) > 1:
         return Shape("union", tuple(union))
@@ -110,17 +130,63 @@ def shape(text: str) -> Shape:
         return Shape("ratio", tuple(re.split(r"\s*(?::|to)\s*", text)))
     items = split_top(text, _SEPARATOR)
     if len(items) > 1:
-        return _listed("list", items)
+        if len(split_top(text, _OR)) > 1:
+            return _alternatives(items)
+        return _both_bounds(items) or _listed("list", items)
     relation = _RELATION.search(text)
     if relation is not None:
         return _relation(text)
     return Shape("one", (text,))
 
 
+def _alternatives(items: Sequence[str]) -> Shape:
+    """ "x = 2 or x = 3" are roots, "x < 1 or x > 3" is a union; else alternatives are no answer."""
+    shapes = [shape(item) for item in items] if all(items) else []
+    if shapes and all(one.kind == "relation" and len(one.parts) == 2 for one in shapes):
+        names = {one.parts[0] for one in shapes}
+        if len(names) == 1 and _NAME.fullmatch(min(names)):
+            if all(one.signs == ("=",) for one in shapes):
+                return _listed("list", items)
+            intervals = [_interval(one) for one in shapes]
+            if all(intervals):
+                return Shape("union", tuple(interval for interval in intervals if interval))
+    if shapes and all(_is_interval(item) for item in items):
+        return _listed("union", items)
+    return _listed("or", items)
+
+
+def _is_interval(text: str) -> bool:
+    return enclosed(text) and shape(text).kind in ("tuple", "brackets", "[", "(")
+
+
+def _both_bounds(items: Sequence[str]) -> Shape | None:
+    """ "x > 0 and x < 5" as (0, 5)."""
+    if len(items) != 2 or not all(items):
+        return None
+    shapes = [shape(item) for item in items]
+    if not all(one.kind == "relation" and len(one.parts) == 2 for one in shapes):
+        return None
+    if shapes[0].parts[0] != shapes[1].parts[0] or not _NAME.fullmatch(shapes[0].parts[0]):
+        return None
+    lower = [one for one in shapes if one.signs[0] in (">", "ge")]
+    upper = [one for one in shapes if one.signs[0] in ("<", "le")]
+    if len(lower) != 1 or len(upper) != 1:
+        return None
+    bounds = f"{lower[0].parts[1]}, {upper[0].parts[1]}"
+    return shape(_brackets(lower[0].signs[0] == "ge", bounds, upper[0].signs[0] == "le"))
+
+
+def _turned(match: re.Match[str]) -> str:
+    """[0, 5[ as [0, 5)."""
+    return f"{'[' if match[1] == '[' else '('}{match[2]}{']' if match[3] == ']' else ')'}"
+
+
 def _in_brackets(text: str) -> Shape:
     left, right, inner = text[0], text[-1], text[1:-1].strip()
     items = split_top(inner, re.compile(r"[,;]"))
     if left in ("{", SET_OPEN) and right in ("}", SET_CLOSE):
+        if len(items) == 1 and "\\emptyset" in inner:
+            return Shape("nothing", ())
         return _listed("set", items) if len(items) > 1 else shape(inner)
     if len(items) == 1:
         is_row = left == "[" and right == "]" and enclosed(inner) and inner[0] == "["
@@ -171,6 +237,11 @@ def _same_shape(answer: Shape, truth: Shape) -> bool:
         return False
     if answer.kind == truth.kind == "one":
         return _same_leaf(answer.parts[0], truth.parts[0])
+    if truth.kind == "or":
+        truth = Shape("list", truth.parts)
+        answer = Shape("list", answer.parts) if answer.kind == "or" else answer
+    if answer.kind == "or":
+        return False
     if "relation" in (answer.kind, truth.kind):
         return _same_relation(answer, truth)
     if len(answer.parts) != len(truth.parts):
@@ -236,7 +307,7 @@ def _same_leaf(answer: str, truth: str) -> bool:
     true_number = read_number(truth, strict=True)
     if true_number is None and _same_but_for_spaces(answer, truth):
         return True
-    if _RANGE.fullmatch(truth):
+    if _RANGE.fullmatch(truth) or _IN_A_BASE.fullmatch(truth) or _IN_A_BASE.fullmatch(answer):
         return False
     number = read_number(answer, strict=true_number is None)
     if true_number is not None:
@@ -249,12 +320,15 @@ def _same_leaf(answer: str, truth: str) -> bool:
     return same_formula(_unitless(answer), _unitless(truth))
 
 
+_IN_A_BASE = re.compile(r"[0-9A-F]+\s*_\s*\{?\d+\}?")
 _RANGE = re.compile(r"\d+\s*-\s*\d+")
 """1990-1995 as a truth: years, pages or a score, and no difference that was left undone."""
 
 
 def _same_but_for_spaces(answer: str, truth: str) -> bool:
-    one, other = ("".join(to_latex(text).split()) for text in (answer, truth))
+    one, other = (
+        re.sub(r"_\{(\w+)\}", r"_\1", "".join(to_latex(text).split())) for text in (answer, truth)
+    )
     return one == other
 
 
@@ -319,6 +393,9 @@ def _end_of_chain(answer: Shape) -> str | None:
             end = read_number(value)
             if end is None or end.value != number.value:
                 return None
+        elif _ARITHMETIC.fullmatch(part):
+            if not _comes_to(part, value):
+                return None
         elif re.search(r"\d\s+[A-Za-z]", part):
             return None
         elif part is parts[0] and not _may_be_said_to_be(part):
@@ -326,9 +403,16 @@ def _end_of_chain(answer: Shape) -> str | None:
     return value
 
 
+def _comes_to(arithmetic: str, value: str) -> bool:
+    """Whether a sum that was written out has the value that it is said to have."""
+    end = read_number(value)
+    sides = (arithmetic, value if end is None else str(end.value))
+    return same_formula(*(re.sub(r"(?<=\d),(?=\d{3})|[$]", "", side) for side in sides))
+
+
 def _may_be_said_to_be(name: str) -> bool:
-    """Whether something can have a value: a name or arithmetic, but no equation's side."""
-    return bool(_ASSIGNED.fullmatch(name) or _ARITHMETIC.fullmatch(name))
+    """Whether something can have a value: a name, but no equation's side."""
+    return bool(_ASSIGNED.fullmatch(name)) and len(name.split()) < 6 and not DOUBT.search(name)
 
 
 def _same_relations(answer: Shape, truth: Shape) -> bool:
@@ -341,7 +425,9 @@ def _same_relations(answer: Shape, truth: Shape) -> bool:
         for one, other in (sides, sides[::-1]):
             if _same_but_for_spaces(one, name):
                 return same(other, value)
-        return False
+        if len(answer.parts) != 2 or not _has_variables(value):
+            return False
+        return proportional((answer.parts[0], answer.parts[1]), (name, value), positive=False)
     if len(truth.parts) > 2 or len(answer.parts) > 2:
         return _same_chain(answer, truth)
     one, other = answer.parts
@@ -352,6 +438,13 @@ def _same_relations(answer: Shape, truth: Shape) -> bool:
     if _FLIPPED.get(sign) == truth.signs[0]:
         return proportional((other, one), (left, right), positive=True)
     return False
+
+
+def _has_variables(value: str) -> bool:
+    """2x + 3 has, so that y = 2x + 3 is a line, but neither 3i nor 5 cm has."""
+    if read_number(value, strict=True) is not None or not is_formula(value):
+        return False
+    return bool(re.search(r"(?<![A-Za-z\\])[a-df-hj-zA-Z](?![A-Za-z])", value))
 
 
 def _same_chain(answer: Shape, truth: Shape) -> bool:

@@ -20,7 +20,7 @@ from recap_fast.rewards.notation import SET_CLOSE, SET_OPEN
 
 _LONGEST = 400  # characters
 _MOST_DIGITS = 60  # of a number
-_DEEPEST = 12  # brackets in brackets
+_DEEPEST = 8  # brackets in brackets, if the truth has no more
 
 _COMMANDS = set(
     re.findall(
@@ -47,6 +47,11 @@ _POWER_OF_POWER = re.compile(
 )
 _NUMBER_TOWER = re.compile(r"\d\s*\^\s*[{(]?\s*\d+\s*[})]?\s*\^")
 _HEAVY = re.compile(r"\\(?:i?int|iint|oint|sum|prod|lim|binom)(?![A-Za-z])|!")
+
+_EVALUATED = re.compile(
+    r"\\(?:[Gg]amma|zeta|[Bb]eta|eta|psi|xi|chi|lambda|Omega|Delta)(?![A-Za-z])"
+)
+"""Letters that also name functions, whose values sympy works out while it reads them."""
 
 
 def to_latex(text: str) -> str:
@@ -86,7 +91,9 @@ def is_readable(text: str, truth: str) -> bool:
             return False
     digits = max(map(len, re.findall(r"\d+", text)), default=0)
     longest = max(map(len, re.findall(r"\d+", truth)), default=0)
-    return digits <= max(_MOST_DIGITS, longest) and _depth(text) <= _DEEPEST
+    if digits > 3 and _EVALUATED.search(text) and not _EVALUATED.search(truth):
+        return False
+    return digits <= max(_MOST_DIGITS, longest) and _depth(text) <= max(_DEEPEST, _depth(truth))
 
 
 def _depth(text: str) -> int:

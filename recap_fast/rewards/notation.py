@@ -62,7 +62,9 @@ _PATTERNS = [
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z])|thinspace|enspace)|~", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtc]|nice|s|x)frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\\div(?![A-Za-z])", "/"),
         (r"\\(?:leq|leqslant|le)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant|ge)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\(?:neq|ne)(?![A-Za-z])|!=", r"\\ne "),
@@ -78,6 +80,7 @@ _PATTERNS = [
         (r"(?<![\w)}])(?:\*\*(?=\S)(.*?\S)\*\*|__(?=\S)(.*?\S)__)(?![\w({])", r"\1\2"),
     )
 ]  # fmt: skip
+_INFINITY = re.compile(r"(?<![A-Za-z\\])(?:infinity|oo)(?![A-Za-z])", re.IGNORECASE)
 _MARKED = re.compile(r"[\\*$_~{<>=]")
 _PAIRS = [("'", "'"), ('"', '"'), ("*", "*"), ("_", "_"), ("``", "''")]
 
@@ -88,7 +91,7 @@ def clean(text: str) -> str:
     sizes of brackets, spaces of LaTeX, invisible characters."""
     if not text.isascii() or "`" in text:
         text = _ascii(text)
-    text = text.strip()
+    text = _INFINITY.sub(r"\\infty ", text.strip())
     if _MARKED.search(text):
         text = _without_dollars(_without_display(text))
         for _ in range(8):  # a wrapper may stand in another

@@ -12,6 +12,8 @@ from fractions import Fraction
 from functools import lru_cache
 
 from recap_fast.rewards.notation import clean
+from recap_fast.rewards.spelled import read_spelled
+from recap_fast.rewards.units import ALIASES, SCALES, SYMBOLS, read_unit
 
 _FEWEST_DIGITS_OF_A_ROUNDING = 10
 _FLOAT_DIGITS, _FLOAT_NOISE = 16, Fraction(1, 10**14)  # of 0.1 + 0.2 in the data
@@ -31,7 +33,8 @@ _NUMBER = re.compile(
     r")"
 )
 _FRACTION = re.compile(
-    r"(?<![A-Za-z])\\frac\s*(?:\{\s*([+-]?\s*[\d.,]+)\s*\}|(\d))\s*(?:\{\s*([\d.,]+)\s*\}|(\d))"
+    r"(?<![A-Za-z])\\frac\s*(?:\{\s*([+-]?\s*[\d.,]+)\s*\}|(\d))\s*"
+    r"(?:\{\s*([+-]?\s*[\d.,]+)\s*\}|(\d))"
 )
 _LINE_FRACTION = re.compile(r"(-?)\(?\s*(-?[\d.]+)\s*\)?\s*/\s*\(\s*([\d.]+)\s*\)")
 
@@ -57,11 +60,12 @@ def read_number(text: str, *, strict: bool = False) -> Quantity | None:
             no numbers with a unit.
     """
     text = clean(text)
-    if not any(map(str.isdigit, text)):
-        word = _WORDS.get(text.casefold().rstrip("."))
-        return None if word is None else Quantity(Fraction(word))
     if len(text) > _LONGEST:
         return None
+    text = re.sub(r"^(?:minus|negative)\s+(?=[\d.\\$])", "-", text, flags=re.IGNORECASE)
+    if not any(map(str.isdigit, text)):
+        return _read_spelled(text, strict=strict)
+    text = _NUMERO.sub("", text)
     text = _as_line(text)
     if match := _REPEATING.fullmatch(text):
         return Quantity(_repeating(*match.groups()), is_fraction=True)
@@ -69,47 +73,38 @@ def read_number(text: str, *, strict: bool = False) -> Quantity | None:
     if match is None or (match["sign"] and match["sign2"]):
         return None
     number = _value(match)
-    unit = read_unit(text[match.end() :], strict=strict)
-    if number is None or unit is None:
+    if number is None:
         return None
-    if unit and unit[0] in _SCALES:
-        number, unit = replace(number, value=number.value * _SCALES[unit[0]]), unit[1:]
+    unit = read_unit(text[match.end() :], strict=strict, singular=abs(number.value) <= 1)
+    if unit is None:
+        return None
+    while unit and unit[0] in SCALES:
+        number, unit = replace(number, value=number.value * SCALES[unit[0]]), unit[1:]
     if currency := match["currency"].strip():
-        unit = tuple(dict.fromkeys((_SYMBOLS[currency[-1]], *unit)))
+        unit = tuple(dict.fromkeys((SYMBOLS[currency[-1]], *unit)))
     if unit[:1] == ("%",):
         return replace(number, unit=unit[1:], is_percent=True)
     return replace(number, unit=unit)
 
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: number for number, word in enumerate(_ONES)} | {
-    f"{ten}{between}{one}": 10 * tens + ones
-    for tens, ten in enumerate(_TENS, 2)
-    for ones, one in enumerate(["", *_ONES[1:10]])
-    for between in ("-", " ")[: 2 if one else 0] or ("",)
-}
+_NUMERO = re.compile(r"^(?:no\.|nr\.|number|#)\s*(?=\d)", re.IGNORECASE)
+
+
+def _read_spelled(text: str, *, strict: bool) -> Quantity | None:
+    """ "five inches": of a truth only units beyond doubt, as "seven dwarfs" may be a title."""
+    found = read_spelled(text)
+    if found is None:
+        return None
+    value, is_fraction, rest = found
+    unit = read_unit(rest, strict=strict, singular=abs(value) <= 1)
+    if unit is None or (strict and any(word not in ALIASES for word in unit)):
+        return None
+    number = Quantity(value, is_fraction=is_fraction)
+    if unit[:1] == ("%",):
+        return replace(number, unit=unit[1:], is_percent=True)
+    return replace(number, unit=unit)
+
+
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d{1,20})\}")
 
 
@@ -123,12 +118,26 @@ def _repeating(sign: str, whole: str, fixed: str, period: str) -> Fraction:
 def _as_line(text: str) -> str:
     """Fractions with a slash, no brackets around all, ^ for powers."""
     text = text.replace("**", "^")
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
+    text = _FRACTION.sub(_fraction_in_line, text).strip()
+    if match := _INVERSE.fullmatch(text):
+        text = f"1/{int(match[1]) ** int(match[2])}"
     text = re.sub(r"^([+-])\s+", r"\1", text)
     if match := _LINE_FRACTION.fullmatch(text):
         text = f"{match[1]}{match[2]}/{match[3]}"
     match = re.fullmatch(r"([+-]?)[(\[{⦃]\s*([^()\[\]{}⦃⦄]*?)\s*[)\]}⦄]", text)
     return match[1] + match[2] if match else text
+
+
+_INVERSE = re.compile(r"(\d{1,9})\s*\^\s*\{?\s*\(?-\s*(\d{1,2})\)?\s*\}?")
+
+
+def _fraction_in_line(match: re.Match[str]) -> str:
+    """1/2 of \\frac{1}{2}, with the sign of the whole in front."""
+    top, bottom = match[1] or match[2], match[3] or match[4]
+    if bottom[0] in "+-":
+        sign = "" if (bottom[0] == "-") == (top[0] == "-") else "-"
+        top, bottom = sign + top.lstrip("+- "), bottom.lstrip("+- ")
+    return f" {top}/{bottom}"
 
 
 def _value(match: re.Match[str]) -> Quantity | None:
@@ -195,6 +204,8 @@ def same_number(answer: Quantity, truth: Quantity) -> bool:
         return False
     if answer.is_fraction and not truth.is_fraction and is_integer(answer):
         return False
+    if answer.is_percent != truth.is_percent and (answer.unit or truth.unit):
+        return False
     if answer.is_percent == truth.is_percent:
         return same_value(answer, truth)
     if truth.is_percent:
@@ -213,120 +224,4 @@ def _times(number: Quantity, factor: int) -> Quantity:
 def _same_unit(answer: tuple[str, ...], truth: tuple[str, ...]) -> bool:
     if not answer or not truth or answer == truth:
         return True
-    if answer[: len(truth)] == truth:  # 12 dollars in total
-        return answer[len(truth)] not in ("/", "^2", "^3", "of") and truth != ("deg",)
     return truth[0] == "deg" == answer[0] and 1 in (len(answer), len(truth))
-
-
-# -- units
-
-_ALIASES = {
-    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre",
-    "km": "kilometer kilometre", "nm": "nanometer nanometre", "in": "inch inche", "ft": "foot feet",
-    "yd": "yard", "mi": "mile", "mg": "milligram", "g": "gram gramme", "kg": "kilogram kilo",
-    "lb": "pound lbs", "oz": "ounce", "t": "ton tonne", "ml": "milliliter millilitre",
-    "l": "liter litre", "gal": "gallon", "ms": "millisecond", "s": "second sec", "min": "minute",
-    "h": "hour hr", "d": "day", "wk": "week", "yr": "year", "mo": "month", "deg": "degree",
-    "rad": "radian", "$": "dollar usd buck", "€": "euro eur", "£": "gbp", "¢": "cent",
-    "%": "percent percentage pct", "c": "celsius centigrade", "f": "fahrenheit", "k": "kelvin",
-    "hz": "hertz", "khz": "kilohertz", "mhz": "megahertz", "j": "joule", "kj": "kilojoule",
-    "w": "watt", "kw": "kilowatt", "v": "volt", "a": "ampere amp", "n": "newton", "pa": "pascal",
-    "kpa": "kilopascal", "mol": "mole", "ohm": "omega", "kwh": "", "mph": "", "kph": "", "kmh": "",
-    "ev": "", "cal": "calorie", "kcal": "kilocalorie", "atm": "atmosphere", "unit": "",
-}  # fmt: skip
-_UNITS = {word: symbol for symbol, words in _ALIASES.items() for word in [symbol, *words.split()]}
-_SYMBOLS = {
-    "$": "$",
-    "€": "€",
-    "£": "£",
-    "¥": "¥",
-    "₹": "₹",
-    "₩": "₩",
-    "D": "$",
-    "R": "€",
-    "P": "£",
-}
-_SPEEDS = {"mph": ["mi", "/", "h"], "kph": ["km", "/", "h"], "kmh": ["km", "/", "h"]}
-_ATTACHED_LETTERS = set("mgsLlhNVWJKAC")  # one letter right behind a number may be a variable
-_SCALES = {
-    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-}  # fmt: skip
-_NOT_IN_UNITS = re.compile(
-    r"or|and|not|but|to|than|less|more|fewer|if|maybe|plus|minus|over|times|divided|nor|either|isn"
-    r"|is|are|was|wrong|no|never|except|x|y|z|i|e|am|pm"
-)
-_UNIT_TOKEN = re.compile(
-    r"[^\W\d_]+(?:'s)?|\^\{?\(?-?\d\)?\}?|\^\\circ|\^\{\\circ\}|[%$€£¥₹₩¢/·\"′″]|\\[A-Za-z]+"
-)
-
-
-@lru_cache(maxsize=2048)
-def read_unit(rest: str, *, strict: bool) -> tuple[str, ...] | None:
-    """Canonical words of a unit; () for none, None for what is no unit."""
-    attached = rest[:1].isalpha()
-    rest = rest.strip().rstrip(".")
-    if not rest:
-        return ()
-    tokens = _UNIT_TOKEN.findall(rest)
-    if (
-        len(tokens) > 8
-        or tokens[:1]
-        and re.match(r"\^\W*\d", tokens[0])
-        or "".join(tokens) != re.sub(r"[\s.()]|\\cdot|-(?=[A-Za-z])", "", rest)
-    ):
-        return None
-    if attached and not _may_be_attached(tokens, strict):
-        return None
-    unit: list[str] = []
-    power = ""
-    for token in tokens:
-        lower = token.casefold()
-        if _NOT_IN_UNITS.fullmatch(lower) or (token.startswith("\\") and token != "\\circ"):
-            return None
-        if token in ("^\\circ", "^{\\circ}"):
-            unit.append("deg")
-        elif token[0] == "^":
-            unit.append(f"^{token.strip('^{}()')}")
-        elif lower in ("square", "sq", "cubic", "squared", "cubed"):
-            power = "^2" if lower[0] == "s" else "^3"
-            if lower[-1] == "d":
-                unit.append(power)
-                power = ""
-        elif lower in _SPEEDS:
-            unit += _SPEEDS[lower]
-        else:
-            unit.append(_canonical(lower))
-            unit += [power] if power else []
-            power = ""
-    if strict and not _is_surely_a_unit(tokens, unit):
-        return None
-    return tuple(unit)
-
-
-def is_unit(word: str) -> bool:
-    """Whether a word is one of the known units or scales."""
-    return _canonical(word.casefold()) in _ALIASES or word.casefold() in _SCALES
-
-
-def _canonical(word: str) -> str:
-    word = {"per": "/", "mins": "min", "hrs": "h", "secs": "s", "ozs": "oz", "yrs": "yr"}.get(
-        word, word
-    )
-    if word in _UNITS:
-        return _UNITS[word]
-    singular = word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] != "s" else word
-    return _UNITS.get(singular, singular)
-
-
-def _may_be_attached(tokens: list[str], strict: bool) -> bool:
-    first = tokens[0]
-    if len(first) == 1:
-        return not strict and first in _ATTACHED_LETTERS
-    return first.casefold() in _UNITS or _canonical(first.casefold()) in _ALIASES
-
-
-def _is_surely_a_unit(tokens: list[str], unit: list[str]) -> bool:
-    if all(word in _ALIASES or word in _SCALES or word[0] in "^/%" for word in unit):
-        return True
-    # One word in small letters: 5 apples.
-    return len(tokens) == 1 and len(tokens[0]) > 2 and tokens[0].islower()

@@ -143,6 +143,216 @@ def test_exploits_and_their_neighbours(completion, truth, expected):
     assert reward(completion, truth) == expected
 
 
+# -- whole kinds of answers: per truth those that are right and those that are not, in tags
+
+IN_TAGS = {
+    "words behind a number are no unit": {
+        "5": (
+            ["5 red apples", "5 apples", "5 inches", "5 miles per hour", "5 km/h", "5 m^2", "5cm"],
+            [
+                *("5 six", "5 inches six", "5 six seven eight", "5 versus six", "5/six"),
+                *("5 hundredths", "5 halves", "5 thirds", "5 dozen", "5 squared", "5 cubed"),
+                *("5 factorial", "5 pi", "5 point six", "5 comma six", "5 negative", "5 score"),
+                *("5 below zero", "5 incorrect", "5 false", "5 doubtful", "5 too many"),
+                *("5 doubled", "5 twice", "5 thousand", "5 and a half", "5 a b c d", "5 square"),
+                *("5 fifths", "5 root", "5 mod three", "5 choose two", "5 roughly", "5 wrongly"),
+                *("5 out of ten", "5 tenths", "5 quarters", "5 unsure", "5 cubes less"),
+            ],
+        ),
+        "12": (["12 clips in total"], ["12 less one", "12 take away one", "12 remainder three"]),
+        "1234": ([], ["1234-ish", "1234ish"]),
+        "42": (["42 clips"], ["42 perhaps", "42 supposedly", "42 ish", "42 or so"]),
+    },
+    "what a sentence goes on with": {
+        "5 m": (["She walks 5 meters."], ["It is 5 square meters.", "It is 5 meters per second."]),
+        "42": (
+            ["There are 42 students.", "She has 42 apples left.", "42 people", "42 boxes of pens"],
+            ["It is 42 dozen", "It is 42 and a half", "42 give or take", "42 minus", "42 hundred"],
+        ),
+    },
+    "another unit": {
+        "5\\text{ inches}": (
+            ["5 inches", "5 in", "5", '5"', "five inches"],
+            ["5 square inches", "5 cubic inches", "5 inches^2", "5 cm", "5 inches per second"],
+        ),
+        "12 cm": (["12cm", "12 centimetres"], ["12 cm squared", "12 cm^2", "12 cm/s", "12 sq cm"]),
+        "$18": (["18", "18 dollars", "$18.00"], ["18%", "18 percent", "€18", "18 cents"]),
+        "5 tons": (["5 t", "5 ton"], ["5 metric tons", "5 tons of TNT", "5 short tons"]),
+        "18%": (["18", "18 percent"], ["$18", "18 dollars"]),
+        "5\\text{ m}^2": (["5 square meters", "5 m²"], ["5 m", "5 m^3"]),
+        "60 km/h": (["60 km h^{-1}", "60 kilometers per hour", "60 kph"], ["60 km", "60 mph"]),
+    },
+    "several candidates, of which the last would win": {
+        "42": (
+            ["x = 42", "Total = 42", "So the answer is **42**.", "Answer: 42", "The total is 42"],
+            [
+                *("41: 42", "7: 42", "41 -> 42", "41, so 42", "40, 41, so 42", "40\n41\nso 42"),
+                *("It is 40. It is 41. It is 42", "1=1, so 42", "1 + 1 = 42", "40 + 3 = 42"),
+                *("Everything = 42", "Anything = 42", "1 = 1 = 42", "41 => 42", "41 means 42"),
+                *("x = 41, so x = 42", "forty-one, so 42", "41. 42", "41 then 42", "a; 42"),
+                "2 \\cdot 3 = 42",
+            ],
+        ),
+        "4": (
+            ["n=4", "n = 4 = 4", "2 + 2 = 4", "\\sqrt{16} = 4"],
+            ["a: 3\nb: 4", "n=3, n=4 so n=4", "3 is 4", "3 means 4", "\\sqrt{15} = 4"],
+        ),
+        "73": (["12 + 61 = 73"], ["12 + 60 = 73", "73 = 74", "7 = 73"]),
+    },
+    "or is no list": {
+        "apple, banana": (["apple and banana"], ["apple or banana", "apple, or banana"]),
+        "2, 3": (["2 and 3", "x=2 or x=3", "3, 2"], ["2 or 3", "2, or 3", "2 or x=3"]),
+        "1,2,3": (["1, 2 and 3"], ["1, 2 or 3", "1 or 2 or 3"]),
+        "yes, no": ([], ["yes or no"]),
+        "2, -3": (["x=2 or x=-3", "x = 2 \\text{ or } x = -3"], ["2 or -3", "x=2 or y=-3"]),
+        "2 or 3": (["2 or 3", "3 or 2", "2, 3"], ["2"]),
+    },
+    "yes and no with a reason": {
+        "yes": (
+            ["Yes, because it rains", "Yes.", "Yes - it rains a lot"],
+            [
+                *("Yes, actually nope", "Yes. Nope.", "yes - the opposite", "Yes, unless not"),
+                *("Yes, perhaps", "Yes, I doubt it", "Yes, I don't think so", "Yes, no"),
+            ],
+        ),
+        "true": (["True, as 2 is even"], ["True, but also untrue", "True, false", "True: maybe"]),
+    },
+    "numbers in words": {
+        "-7": (["minus 7", "negative seven", "minus seven", "negative 7"], ["seven", "minus six"]),
+        "1234": (
+            ["one thousand two hundred thirty-four", "one thousand, two hundred and thirty-four"],
+            ["one two three four", "one thousand two hundred thirty-five", "twelve thirty-four"],
+        ),
+        "3/4": (["three quarters", "three fourths", "3 \\div 4"], ["three thirds", "four thirds"]),
+        "5 inches": (["five inches", '5"', "5''"], ["five cm", "six inches", "five square inches"]),
+        "15%": (["fifteen percent"], ["fifteen hundred", "fifty percent"]),
+        "$18": (["eighteen dollars"], ["eighteen euros", "eighty dollars"]),
+        "1000000": (["one million", "a million", "1 million"], ["one billion"]),
+        "1/2": (
+            ["one half", "a half", "2^{-1}", "\\nicefrac{1}{2}", "\\frac{-1}{-2}"],
+            ["two halves", "one third", "2^{-2}", "2^{1}"],
+        ),
+        "-\\frac{1}{2}": (["\\frac{1}{-2}", "\\frac{-1}{2}"], ["\\frac{1}{2}"]),
+    },
+    "equations of lines": {
+        "y = 2x + 3": (
+            ["y - 2x = 3", "2x - y + 3 = 0", "-2x+y=3", "y = 3 + 2x", "2y = 4x + 6"],
+            ["y = 2x + 4", "y - 2x = 4", "2x + y = 3", "y = y", "y = 2x"],
+        ),
+        "x = 5": (["x = 5", "5 = x"], ["2x+1=11", "2x = 10", "x - 5 = 0"]),
+    },
+    "intervals and empty sets": {
+        "(-\\infty,-1)\\cup(1,\\infty)": (
+            [
+                *("x<-1 or x>1", "x < -1 \\text{ or } x > 1", "(-∞, -1) or (1, ∞)"),
+                *("(-oo,-1) U (1,oo)", "x>1 or x<-1", "(-infinity, -1) ∪ (1, infinity)"),
+            ],
+            ["x<-1 and x>1", "x<-1", "x<-1 or x>2", "x<-1 or y>1", "(-∞, -1], (1, ∞)"],
+        ),
+        "[0, 5)": (["[0, 5[", "x\\ge 0 and x<5", "0 <= x < 5"], ["[0, 5]", "]0, 5[", "x<5", "x≥0"]),
+        "(-\\infty,3)": (["]-\\infty,3[", "(-oo,3)", "x < 3"], ["]-\\infty,3]", "(-oo, 4)"]),
+        "\\emptyset": (
+            ["\\{\\}", "{}", "empty set", "the empty set", "\\varnothing", "∅", "\\{ \\}"],
+            ["\\{0\\}", "0", "empty", "\\{\\emptyset\\}"],
+        ),
+        "\\infty": (["infinity", "∞", "+\\infty", "oo"], ["-\\infty", "-infinity", "0"]),
+    },
+    "matrices and layout": {
+        "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}": (
+            [
+                "A = \\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
+                "\\begin{bmatrix} 1 & 2 \\\\[4pt] 3 & 4 \\end{bmatrix}",
+            ],
+            ["A = \\begin{pmatrix} 1 & 2 \\\\ 3 & 5 \\end{pmatrix}"],
+        ),
+        "\\binom{5}{2}": (["\\dbinom{5}{2}", "\\tbinom{5}{2}"], ["\\dbinom{5}{1}"]),
+        "xy": (["x\\cdot y", "x*y"], ["x+y", "x"]),
+        "101_2": (["101_2", "101_{2}", "101₂"], ["101", "5", "101_3"]),
+        "5": (["No. 5", "(5)"], ["101_2", "5_6"]),
+        "Paris": (["(Paris)", "It's Paris!"], ["(Paris, Rome)"]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IN_TAGS)
+def test_answers_in_tags(kind):
+    found = {
+        (truth, answer): reward(f"<answer>{answer}</answer>", truth)
+        for truth, answers in IN_TAGS[kind].items()
+        for answer in (*answers[0], *answers[1])
+    }
+    expected = {
+        (truth, answer): float(answer in answers[0])
+        for truth, answers in IN_TAGS[kind].items()
+        for answer in (*answers[0], *answers[1])
+    }
+    assert {k: v for k, v in found.items() if v != expected[k]} == {}
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("The answer is 41.\nThe answer is 42.", 0),
+        ("The answer is 42. The answer is 42.", 1),
+        ("\\boxed{42}. Wait, the answer is 41.", 0),
+        ("\\boxed{42} is wrong, it is 41", 0),
+        ("\\boxed{42} is wrong", 0),
+        ("\\boxed{42}\n\nNo, it is not.", 0),
+        ("<answer>42</answer> Actually it is 41.", 0),
+        ("<answer>42</answer> I doubt it.", 0),
+        ("<answer>42</answer>\nThe answer is 41.", 0),
+        ("\\boxed{42}. I hope this helps!", 1),
+        ("So $x = \\boxed{42}$ is the answer.", 1),
+        ("<answer>42</answer>\nThis is what was asked for.", 1),
+        ("\\boxed{42}\n\nThe answer is 42.", 1),
+        ("It's 42!", 1),
+        ("<Answer>42</Answer>", 1),
+        ("\\boxed{42} 41", 0),
+        ("<answer>42</answer> 41", 0),
+        ("\\boxed{42}, I made an error", 0),
+        ("\\boxed{42}. Correction: 41", 0),
+        ("#### 42\nwait, 41", 0),
+        ("#### 41\n#### 42", 0),
+        ("It is not \\boxed{42}", 0),
+        ("The answer isn't \\boxed{42}.", 0),
+        ("Not <answer>42</answer>", 0),
+        ("Maybe \\boxed{42}", 0),
+        ("Answer: 41\nAnswer: 42", 0),
+        ("The solution is easy. The answer is 42.", 1),
+        ("So \\boxed{42} is the answer, as 40 + 2 = 42.", 1),
+        ("\\boxed{42} clips in May.", 1),
+        ("<answer>42</answer>.", 1),
+        ("<answer>42</answer> The answer is correct.", 1),
+        ("\\boxed{42}.\n\nThis is because 6 times 7 is 42.", 1),
+        ("\\boxed{42}.\n\nThis is because 6 times 7 is 41.", 0),
+        ("<answer>Step 1: add 40 and 2.\nThe answer is 42.</answer>", 1),
+        ("<ANSWER>41</ANSWER> <answer>42</answer>", 0),
+    ],
+)
+def test_what_is_said_around_an_answer(completion, expected):
+    assert reward(completion, "42") == expected
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        *("$$", "$", "\\\\", "**", "\\text{}", "{}", "<think>", "nan", "NaN", "inf", "-inf", " "),
+        *(
+            "<answer>a</answer><answer>b</answer>",
+            "\\boxed{}",
+            "####",
+            "''",
+            "$ $",
+            "\\(\\)",
+            "...",
+        ),
+    ],
+)
+def test_truths_that_say_nothing(truth):
+    with pytest.raises(ValueError, match="truth"):
+        check_truth("accuracy", {}, truth, {})
+
+
 @pytest.mark.parametrize("layout", ["{}", "<answer>{}</answer>", "\\boxed{{{}}}"])
 def test_unfinished_thoughts_have_no_answer(layout):
     said = layout.format("42")
@@ -240,6 +450,14 @@ HEAVY = [
     "\\text{" * 900,
     "\\frac{1}{0}",
     "1e999999",
+    "\\gamma(3000000)",
+    "\\zeta(3000001)",
+    "\\Gamma(3000000)",
+    "\\log(9999999999)!",
+    "\\frac{1}{1+" * 12 + "2" + "}" * 12,
+    "\\sqrt{1+" * 12 + "2" + "}" * 12,
+    "\n" * 50000,
+    "\\boxed{" * 3000 + "41" + "}" * 3000,
 ]
 
 
