@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -102,7 +103,7 @@ def evaluate(
         raise UserError("--harness, --limit and --task-folder need a --task that they apply to")
     _log_to_console()
     file, path = source, None
-    if source.is_dir():
+    if os.path.isdir(source):  # pathlib raises for names that are too long
         from recap_fast.training.run_folder import find_evaluated
 
         file, path = find_evaluated(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import IO
@@ -38,7 +39,7 @@ def prepare_folder(
     """
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite removes it: give one of them")
-    used = (run_dir / "config.yaml").exists()
+    used = os.path.exists(run_dir / "config.yaml")  # pathlib raises for names that are too long
     if resume:
         if not used:
             raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
@@ -52,8 +53,9 @@ def prepare_folder(
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run: {run_dir} cannot be made a folder: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        problem = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run: {run_dir} cannot be made a folder: {problem}") from None
     return None
 
 
