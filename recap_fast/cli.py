@@ -52,7 +52,7 @@ def train(
     try:
         trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
     except FinishedRunError as done:
-        print(_after_the_end(str(done), loaded.run, loaded.training.steps))
+        print(_after_the_end(str(done), loaded.run, done.step))
         return
     try:
         finished = trainer.train()
@@ -103,6 +103,8 @@ def evaluate(
         raise UserError("--harness, --limit and --task-folder need a --task that they apply to")
     _log_to_console()
     file, path = source, None
+    if not os.path.exists(source):
+        raise UserError(f"{source}: no such file or folder")
     if os.path.isdir(source):  # pathlib raises for names that are too long
         from recap_fast.training.run_folder import find_evaluated
 

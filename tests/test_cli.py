@@ -120,7 +120,8 @@ def test_missing_config(run, tmp_path):
 def test_folder_that_is_no_run(run, tmp_path):
     expect_user_error(run("report", tmp_path), str(tmp_path.name))
     expect_user_error(run("eval", tmp_path), "neither a run", "config.yaml", "nor a checkpoint")
-    expect_user_error(run("eval", tmp_path / "absent"), "absent", "no such file")
+    expect_user_error(run("eval", tmp_path / "absent"), "absent", "no such file or folder")
+    expect_user_error(run("eval", "x" * 5000), "no such file or folder")
 
 
 def test_unknown_benchmark(run):

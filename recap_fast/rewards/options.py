@@ -12,7 +12,6 @@ from recap_fast.rewards.commitment import claims, extract_answer
 from recap_fast.rewards.equality import same
 from recap_fast.rewards.notation import clean, clean_lines, words
 
-
 _MAX_LETTERED = 26
 
 

@@ -24,7 +24,15 @@ _OWN_NAMES = (
 
 
 class FinishedRunError(CheckpointError):
-    """A run to be resumed that has no steps left: nothing is wrong with it."""
+    """A run to be resumed that has no steps left: nothing is wrong with it.
+
+    Attributes:
+        step: how many steps are done.
+    """
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 def prepare_folder(
@@ -88,9 +96,14 @@ def clear_folder(run_dir: Path) -> None:
 
 
 def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
-    if step >= config.training.steps:
+    steps = config.training.steps
+    if step > steps:
         raise FinishedRunError(
-            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done"
+            f"{run_dir}: nothing to do: {step} steps are done, and training.steps is {steps}", step
+        )
+    if step == steps:
+        raise FinishedRunError(
+            f"{run_dir}: this run has finished: {step} of {steps} steps are done", step
         )
     before = load_config(run_dir / "config.yaml")
     if before.objectives != config.objectives:
