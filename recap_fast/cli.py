@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from recap_fast.paths import shown
 from recap_fast.quiet import quieten
 from recap_fast.types import UserError, WeightSyncError
 
@@ -104,7 +105,7 @@ def evaluate(
     _log_to_console()
     file, path = source, None
     if not os.path.exists(source):
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(f"{shown(source)}: no such file or folder")
     if os.path.isdir(source):  # pathlib raises for names that are too long
         from recap_fast.training.run_folder import find_evaluated
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recap_fast.ops.loss_config import PolicyLossConfig
-from recap_fast.paths import absolute, names_files
+from recap_fast.paths import absolute, names_files, shown
 from recap_fast.types import Objective, UserError
 
 
@@ -461,7 +461,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """A file's keys over those of the file that its `extends` names, relative to it."""
-    chain = " <- ".join(map(str, (path, *reversed(extended_by))))
+    chain = " <- ".join(map(shown, (path, *reversed(extended_by))))
     try:
         if path.resolve() in [file.resolve() for file in extended_by]:
             raise ConfigError(f"{chain}: the file extends itself")

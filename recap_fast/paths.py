@@ -49,3 +49,9 @@ def absolute(path: str) -> str:
     if name in ("", ".", ".."):
         return os.path.realpath(path)
     return os.path.join(os.path.realpath(folder or "."), name)
+
+
+def shown(path: object) -> str:
+    """A path as messages show it. Its end says more than its middle."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:60]}...{text[-60:]}"

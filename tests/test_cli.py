@@ -144,6 +144,15 @@ def test_eval_without_a_checkpoint(run, model, tmp_path):
     expect_user_error(run("eval", model), "without a run", "eval CONFIG --set model.path=")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "/y" * 2500])
+def test_names_too_long_for_the_system(run, config, tmp_path, name):
+    expect_user_error(run("train", config, "--set", f"run={name}"), "cannot be made a folder")
+    expect_user_error(run("train", name), "cannot be read")
+    for number, path in enumerate((f"{name}.jsonl", f"{name}/*.json", name, f"[{name}.jsonl]")):
+        folder = ("--set", f"run={tmp_path / str(number)}")
+        expect_user_error(run("train", config, *use_file(path), *folder), "source 'sums'")
+
+
 def test_train_eval_resume_and_report(run, config, tmp_path, caplog):
     status, output, _ = run("train", config, "--set", "training.steps=2")
     assert status == 0

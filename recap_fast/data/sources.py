@@ -28,7 +28,7 @@ from recap_fast.data.row_columns import (
     shorten,
 )
 from recap_fast.data.seeds import permutation, seed_of
-from recap_fast.paths import absolute, has_file_ending, is_pattern, is_url, names_files
+from recap_fast.paths import absolute, has_file_ending, is_pattern, is_url, names_files, shown
 
 _WANTED = "a file ending in .jsonl, .json or .parquet, or a hub dataset's name (owner/name)"
 _FIRST_ROWS = 20
@@ -80,7 +80,7 @@ def find_files(config: SourceConfig) -> list[Path]:
         found = _matches(config, path)
         if not found and isinstance(config.path, list):
             raise DataError(
-                f"source {config.name!r}: {_shown(path)}: a list of paths holds files ending in "
+                f"source {config.name!r}: {shown(path)!r}: a list of paths holds files ending in "
                 f".jsonl, .json or .parquet, or patterns; a hub dataset is a source of its own"
             )
         for file in found:
@@ -90,7 +90,7 @@ def find_files(config: SourceConfig) -> list[Path]:
 
 def _matches(config: SourceConfig, path: str) -> list[Path]:
     """The files that a path or a pattern names; none for a hub dataset's name."""
-    where = f"source {config.name!r}: {_shown(path)}"
+    where = f"source {config.name!r}: {shown(path)!r}"
     if is_url(path):
         raise DataError(
             f"{where}: URLs are not read: give a file on this machine, or a hub dataset by its "
@@ -123,11 +123,6 @@ def _fitting(where: str, pattern: str) -> list[Path]:
             f"got {got}"
         )
     return usable
-
-
-def _shown(path: str) -> str:
-    """A path as messages show it. Its end says more than its beginning."""
-    return repr(path) if len(path) <= 300 else f"{path[:20]!r}...{path[-40:]!r}"
 
 
 def _open_scenes(config: SourceConfig, seed: int) -> Rows:

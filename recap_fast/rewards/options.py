@@ -285,13 +285,14 @@ _HEDGE = re.compile(
     r"\b(?:or|not|nor|neither|either|maybe|perhaps|possibly|wrong|incorrect|false|also|too|could"
     r"|might|may|both|others?|another|anything|everything|any|every|everyone|all (?:of|are|the)"
     r"|first|second|third|fourth|fifth|last|above|below|options?|choices?|answers?|but|except"
-    r"|unless|if|wait|actually|instead|rather|however|though|although)\b|n't\b|\?",
+    r"|unless|if|wait|actually|instead|rather|however|though|although|correct|right|true|well|each"
+    r"|rest|remaining|same|equally|likewise|these|those|many|several)\b|n't\b|\?",
     re.IGNORECASE,
 )
 
 
 def _is_plain_reason(reason: str, index: int, options: Options) -> bool:
-    if not re.search(r"\w", reason) or len(reason) > _LONGEST_REASON or _HEDGE.search(reason):
+    if len(reason.split()) < 2 or len(reason) > _LONGEST_REASON or _HEDGE.search(reason):
         return False
     return not _mentions_another(reason, index, options) and not _other_labels(
         reason, index, options
@@ -314,8 +315,7 @@ def _other_labels(reason: str, index: int, options: Options) -> bool:
     for match in re.finditer(rf"(?<![\w'])({_label(options)})", reason, re.IGNORECASE):
         before, after = reason[: match.start()][-1:], reason[match.end() :]
         is_marked = before in ("(", "[") or re.match(r"\s*(?:[).:,;]|$|(?:and|is|are)\b)", after)
-        is_letter = len(match[1]) == 1 and match[1].isalpha()
-        is_word = is_letter and (match[1] in "AI" or match[1].islower()) and not is_marked
+        is_word = match[1] in ("a", "i", "I") and not is_marked
         if not is_word and _index(match[1], options) != index:
             return True
     return False

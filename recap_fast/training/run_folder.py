@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from recap_fast.config import ConfigError, TrainConfig, load_config
+from recap_fast.paths import shown
 from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def prepare_folder(
     used = os.path.exists(run_dir / "config.yaml")  # pathlib raises for names that are too long
     if resume:
         if not used:
-            raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
+            raise CheckpointError(f"{shown(run_dir)}: no run to resume here (no config.yaml)")
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
         _check_resumable(config, run_dir, int(checkpoint.name.removeprefix("step-")))
         return checkpoint
@@ -63,7 +64,7 @@ def prepare_folder(
         run_dir.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         problem = getattr(error, "strerror", None) or error
-        raise ConfigError(f"run: {run_dir} cannot be made a folder: {problem}") from None
+        raise ConfigError(f"run: {shown(run_dir)} cannot be made a folder: {problem}") from None
     return None
 
 

@@ -33,6 +33,8 @@ def reward(answer, truth, options):
         "D. bird", "bird. fish", "C, since fourth", "C because", "C. bird because fish too",
         "C is the right one, and D too", "C, because it may be (d)", "C is right as B is",
         "C. bird?", "C. any", "C. both", "C. neither", "C. I do not know",
+        "C, as well", "C as each is right", "C because they are all right", "C because 4",
+        "C because A does", "C because d does", "C, because birds fly and fishes swim",
     ],
 )  # fmt: skip
 def test_another_option_or_a_denial_beside_the_letter(answer):
