@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from recap_fast.paths import shown
 from recap_fast.quiet import quieten
 from recap_fast.types import UserError, WeightSyncError
 
@@ -51,7 +53,7 @@ def train(
     try:
         trainer = Trainer(loaded, resume=resume, overwrite=overwrite)
     except FinishedRunError as done:
-        print(_after_the_end(str(done), loaded.run, loaded.training.steps))
+        print(_after_the_end(str(done), loaded.run, done.step))
         return
     try:
         finished = trainer.train()
@@ -102,7 +104,9 @@ def evaluate(
         raise UserError("--harness, --limit and --task-folder need a --task that they apply to")
     _log_to_console()
     file, path = source, None
-    if source.is_dir():
+    if not os.path.exists(source):
+        raise UserError(f"{shown(source)}: no such file or folder")
+    if os.path.isdir(source):  # pathlib raises for names that are too long
         from recap_fast.training.run_folder import find_evaluated
 
         file, path = find_evaluated(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recap_fast.ops.loss_config import PolicyLossConfig
+from recap_fast.paths import absolute, names_files, shown
 from recap_fast.types import Objective, UserError
 
 
@@ -459,10 +461,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """A file's keys over those of the file that its `extends` names, relative to it."""
-    chain = " <- ".join(map(str, (path, *reversed(extended_by))))
-    if path.resolve() in [file.resolve() for file in extended_by]:
-        raise ConfigError(f"{chain}: the file extends itself")
+    chain = " <- ".join(map(shown, (path, *reversed(extended_by))))
     try:
+        if path.resolve() in [file.resolve() for file in extended_by]:
+            raise ConfigError(f"{chain}: the file extends itself")
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{chain}: no such file") from None
@@ -470,6 +472,10 @@ def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{chain}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{chain}: not a text file in UTF-8") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a name with a NUL in it
+        raise ConfigError(f"{chain}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{chain}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -495,13 +501,24 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _resolve_files(raw: dict[str, Any]) -> None:
     """Makes local files and folders absolute, so that a run's config.yaml can be used from
     anywhere."""
+    if isinstance(raw.get("run"), str):
+        raw["run"] = os.path.expanduser(raw["run"])
     data = raw.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for source in sources if isinstance(sources, list) else []:
-        for key in ("path", "image_folder") if isinstance(source, dict) else ():
-            name = source.get(key)
-            if isinstance(name, str) and (Path(name).is_file() or key == "image_folder"):
-                source[key] = str(Path(name).resolve())
+        if not isinstance(source, dict):
+            continue
+        path, folder = source.get("path"), source.get("image_folder")
+        if isinstance(path, list):
+            source["path"] = [_resolve(one) for one in path]
+        elif path is not None:
+            source["path"] = _resolve(path)
+        if isinstance(folder, str):
+            source["image_folder"] = absolute(folder)
+
+
+def _resolve(path: Any) -> Any:
+    return absolute(path) if isinstance(path, str) and names_files(path) else path
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

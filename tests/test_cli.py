@@ -120,7 +120,8 @@ def test_missing_config(run, tmp_path):
 def test_folder_that_is_no_run(run, tmp_path):
     expect_user_error(run("report", tmp_path), str(tmp_path.name))
     expect_user_error(run("eval", tmp_path), "neither a run", "config.yaml", "nor a checkpoint")
-    expect_user_error(run("eval", tmp_path / "absent"), "absent", "no such file")
+    expect_user_error(run("eval", tmp_path / "absent"), "absent", "no such file or folder")
+    expect_user_error(run("eval", "x" * 5000), "no such file or folder")
 
 
 def test_unknown_benchmark(run):
@@ -141,6 +142,15 @@ def test_eval_without_a_checkpoint(run, model, tmp_path):
     for place in (run_folder, run_folder / "checkpoints"):
         expect_user_error(run("eval", place), "no checkpoint to evaluate", "config.yaml")
     expect_user_error(run("eval", model), "without a run", "eval CONFIG --set model.path=")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/y" * 2500])
+def test_names_too_long_for_the_system(run, config, tmp_path, name):
+    expect_user_error(run("train", config, "--set", f"run={name}"), "cannot be made a folder")
+    expect_user_error(run("train", name), "cannot be read")
+    for number, path in enumerate((f"{name}.jsonl", f"{name}/*.json", name, f"[{name}.jsonl]")):
+        folder = ("--set", f"run={tmp_path / str(number)}")
+        expect_user_error(run("train", config, *use_file(path), *folder), "source 'sums'")
 
 
 def test_train_eval_resume_and_report(run, config, tmp_path, caplog):

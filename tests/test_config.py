@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -237,3 +239,47 @@ def test_keys_of_images(path, tmp_path, monkeypatch):
         "b",
     ]
     assert "data.sources.0.question" in message(path, "data.sources.0.question=[]")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".jsonl", "/y" * 3000, "z*" * 3000])
+def test_names_too_long_for_the_system(path, name):
+    table = ["reasoning_gym=null", "parameters={}", "size=10000", f"path={json.dumps(name)}"]
+    overrides = [f"data.sources.0.{override}" for override in table]
+    loaded = load_config(path, [*overrides, f"run={name}"])
+    assert loaded.data.sources[0].path.endswith(name)
+    listed = load_config(path, [*overrides, f"data.sources.0.path={json.dumps([name])}"])
+    assert listed.data.sources[0].path == [loaded.data.sources[0].path]
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        load_config(name)
+
+
+def test_paths_mean_the_same_from_anywhere(path, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "a[1]"
+    (here / "d").mkdir(parents=True)
+    (here / "owner").mkdir()
+    (here / "d" / "a.jsonl").write_text('{"question": "q", "answer": "1"}\n')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    base = ["reasoning_gym=null", "parameters={}", "size=10000", "images=image"]
+    base = [f"data.sources.0.{override}" for override in base]
+
+    def loaded(given, folder="~/coco"):
+        keys = [f"data.sources.0.path={given}", f"data.sources.0.image_folder={folder}"]
+        return load_config(path, [*base, *keys, "run=~/run"])
+
+    config = loaded("[d/a.jsonl, d/*.jsonl, ~/b.jsonl, owner/name.jsonl]")
+    assert config.run == str(home / "run")
+    assert config.data.sources[0].image_folder == str(home / "coco")
+    assert config.data.sources[0].path == [
+        f"{here}/d/a.jsonl", f"{tmp_path}/a[[]1]/d/*.jsonl", f"{home}/b.jsonl",
+        f"{here}/owner/name.jsonl",
+    ]  # fmt: skip
+    assert loaded("d/a.jsonl").data.sources[0].path == f"{here}/d/a.jsonl"
+    for kept in ("owner/name", "https://host/a.jsonl"):
+        assert loaded(kept).data.sources[0].path == kept
+    pattern = loaded("d/*.jsonl").data.sources[0]
+    assert loaded("d/*.jsonl", "pictures").data.sources[0].image_folder == f"{here}/pictures"
+    monkeypatch.chdir(tmp_path)
+    from recap_fast.data.sources import find_files
+
+    assert find_files(pattern) == [here / "d" / "a.jsonl"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "recap_fast"
 
 FLOORS = (
-    {"kernels", "version", "lazy", "quiet", "releases"},
+    {"kernels", "version", "lazy", "paths", "quiet", "releases"},
     {"types"},
     {"ops"},
     {"config"},

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recap_fast.data.prompts import IMAGE_MARKER, Message
+from recap_fast.data.prompts import IMAGE_MARKER, Message, count_markers
 
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
@@ -84,7 +84,7 @@ def _flatten(turn: Mapping[str, Any], number: int) -> str:
         if kind is None:
             shown = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ValueError(f"turn {number}: a part of type {shown!r}, neither text nor image")
-        texts.append(part if isinstance(part, str) else part.get("text", ""))
+        texts.append(part if isinstance(part, str) else part.get("text") or "")
         if kind == "image":
             texts[-1] = IMAGE_MARKER
     return "".join(texts)
@@ -118,8 +118,8 @@ def _payload(part: Mapping[str, Any]) -> Any:
 def question_key(question: str | Sequence[Message]) -> str:
     """What makes two questions the same, whatever shape their rows have.
 
-    A text equals a conversation of one turn. System messages, where images stand, and how
-    whitespace is written make no difference.
+    A text equals a conversation of one turn. System messages, where images stand, case, Unicode's
+    variants of a character and how whitespace is written make no difference.
     """
     if isinstance(question, str):
         return _squeeze(question)
@@ -129,5 +129,26 @@ def question_key(question: str | Sequence[Message]) -> str:
     return "\n".join(f"{turn['role']}: {_squeeze(turn['content'])}" for turn in turns)
 
 
+def question_keys(question: str | Sequence[Message]) -> list[tuple[str, slice]]:
+    """`question_key` of everything that a conversation asks, with which of its images belong there:
+    of the whole, of its beginning up to each of the user's turns, and of each such turn alone."""
+    if isinstance(question, str):
+        return [(question_key(question), slice(None))]
+    has_markers = count_markers(question) > 0
+    keys, images = [(question_key(question), slice(None))], 0
+    for number, turn in enumerate(question):
+        before, images = images, images + turn["content"].count(IMAGE_MARKER)
+        if turn["role"] != "user":
+            continue
+        is_first = all(earlier["role"] != "user" for earlier in question[:number])
+        upto, own = slice(0, images), slice(before, images)
+        if not has_markers:  # all images stand in the first user's turn
+            upto, own = slice(None), slice(None) if is_first else slice(0)
+        keys.append((question_key(question[: number + 1]), upto))
+        keys.append((question_key(turn["content"]), own))
+    return keys
+
+
 def _squeeze(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).replace(IMAGE_MARKER, " ").split())
+    text = unicodedata.normalize("NFKC", text.replace(IMAGE_MARKER, " ")).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split())

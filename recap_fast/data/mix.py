@@ -126,12 +126,16 @@ class DataStream:
             DataError: the cursor was taken with other sources, another mix or another seed.
         """
         ours = self.state_dict()
-        for what in ("seed", "shares"):
-            if state[what] != ours[what]:
-                raise DataError(
-                    f"the checkpoint's data cursor has {what} {state[what]}, this run has "
-                    f"{ours[what]}: resume with the data section the run was started with"
-                )
+        if state["seed"] != ours["seed"]:
+            raise DataError(
+                f"the run was started with seed {state['seed']}, which decides on the order of its "
+                f"rows, and cannot go on with seed {ours['seed']}: resume with seed {state['seed']}"
+            )
+        if state["shares"] != ours["shares"]:
+            raise DataError(
+                f"the checkpoint's data cursor has shares {state['shares']}, this run has "
+                f"{ours['shares']}: resume with the data section the run was started with"
+            )
         theirs = {name: cursor["rows"] for name, cursor in state["sources"].items()}
         sizes = {name: cursor["rows"] for name, cursor in ours["sources"].items()}
         if theirs != sizes:

@@ -17,6 +17,7 @@ from recap_fast.data.messages import (
     without_none,
 )
 from recap_fast.data.prompts import Message
+from recap_fast.rewards.options import Options, read_options
 from recap_fast.types import UserError
 
 
@@ -48,8 +49,7 @@ def check_columns(columns: Sequence[str], config: SourceConfig, where: str) -> N
     for key, column in keys:
         if key == "answer" and config.kind == "sft":
             continue  # a conversation may bring its target: `read_target` sees the row
-        # Rewards look `choices` up by its name alone.
-        head = column if column is None or key == "choices" else column_of(column, columns)
+        head = column if column is None else column_of(column, columns)
         if head is not None and head not in columns:
             raise _missing(key, column, columns, config, where)
 
@@ -115,7 +115,9 @@ def read_question(
         question = _one_question(entry, columns[0], config, where)
     else:
         question = _joined_question(entry, columns, config, where)
-    options = "".join(f"\n({label}) {text}" for label, text in _options(entry, config, where))
+    choices = read_choices(entry, config, where)
+    lines = zip(choices.labels, choices.texts, strict=True)
+    options = "".join(f"\n({label}) {text}" for label, text in lines)
     if not options:
         return question
     if isinstance(question, str):
@@ -142,44 +144,23 @@ def _joined_question(
     return question
 
 
-def _options(entry: Mapping[str, Any], config: SourceConfig, where: str) -> list[tuple[str, str]]:
-    """Label and text of each option; none where a row has none.
+def read_choices(entry: Mapping[str, Any], config: SourceConfig, where: str) -> Options:
+    """The options of a row; none where a row has none.
 
-    A list gets the letters from A on. A mapping brings its own labels: {label: text}, or ARC's
-    {"label": [...], "text": [...]}, or a list of {"label", "text"}.
+    Raises:
+        RowError: they are not of a form of `read_options`.
     """
-    if config.choices is None:
-        return []
-    options = without_none(entry[config.choices])
-    if isinstance(options, Mapping) and {"label", "text"} <= options.keys():
-        labels, texts = options["label"], options["text"]
-        lists = isinstance(labels, list) and isinstance(texts, list)
-        pairs = list(zip(labels, texts, strict=False)) if lists else None
-        pairs = pairs if lists and len(labels) == len(texts) else None
-    elif isinstance(options, Mapping):
-        pairs = list(options.items())
-    elif isinstance(options, list):
-        pairs = [
-            (option["label"], option["text"])
-            if isinstance(option, Mapping) and {"label", "text"} <= option.keys()
-            else (chr(ord("A") + number), option)
-            for number, option in enumerate(options)
-        ]
-    else:
-        pairs = [] if options is None else None
-    if pairs is None or len(pairs) > 26 or not all(map(_is_option, pairs)):
+    value = None if config.choices is None else read_column(entry, config.choices, config, where)
+    try:
+        return read_options(value)
+    except (TypeError, ValueError) as error:
         raise RowError(
             config,
             where,
             f"column {config.choices!r} (`choices` of the source): wanted a list of up to 26 "
-            f"options, or labels with their texts, got {type(options).__name__} "
-            f"{shorten(options)}",
-        )
-    return [(str(label), str(text)) for label, text in pairs]
-
-
-def _is_option(pair: tuple[Any, Any]) -> bool:
-    return all(isinstance(part, str | int | float) for part in pair)
+            f"options, or labels with their texts, got {type(value).__name__} "
+            f"{shorten(value)}: {error}",
+        ) from None
 
 
 def _one_question(
@@ -192,6 +173,8 @@ def _one_question(
     if config.kind == "sft" and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if turns and turns[-1]["role"] == "user":
+        if not turns[-1]["content"].strip():
+            raise RowError(config, where, f"column {column!r}: the user's last turn is empty")
         return turns
     last = f"last turn is the {turns[-1]['role']}'s" if turns else "only turn is the assistant's"
     hint = "" if config.kind == "sft" else " (only an sft source has targets in it)"

@@ -14,12 +14,13 @@ from recap_fast.config import DataConfig, SourceConfig
 from recap_fast.data.images import (
     BadImage,
     ImageEncoder,
+    RawImage,
     decode_image,
     digest,
     image_cells,
     read_image,
 )
-from recap_fast.data.messages import question_key, without_none
+from recap_fast.data.messages import question_key, question_keys, without_none
 from recap_fast.data.prompts import (
     ChatRenderer,
     Message,
@@ -31,6 +32,7 @@ from recap_fast.data.prompts import (
 from recap_fast.data.row_columns import (
     DataError,
     RowError,
+    read_choices,
     read_column,
     read_images,
     read_question,
@@ -212,21 +214,34 @@ class SourceStream:
         return numbers, questions
 
     def _is_excluded(self, entry: Mapping[str, Any], row: int) -> bool:
+        """Whether a row asks a held-out question, in its last turn or in an earlier one."""
         try:
-            text = question_key(self._question(entry, row))
+            keys = question_keys(self._question(entry, row))
         except RowError:
             return False  # skipped when it is built
         # The text first: reading and hashing images only where the text is the same.
-        return text in self._excluded_texts and self._key(entry, row) in self._excluded
+        if not any(text in self._excluded_texts for text, _ in keys):
+            return False
+        raw = self._raw_images(entry, row)
+        return raw is not None and any(
+            (text, _digest(raw[images])) in self._excluded for text, images in keys
+        )
 
     def _key(self, entry: Mapping[str, Any], row: int) -> _Key | None:
         """None for a row that cannot be read, and is skipped when it is built."""
         try:
             text = question_key(self._question(entry, row))
-            raw = [read_image(cell, self._image_folder) for cell in self._cells(entry, row)]
+        except RowError:
+            return None
+        raw = self._raw_images(entry, row)
+        return None if raw is None else (text, _digest(raw))
+
+    def _raw_images(self, entry: Mapping[str, Any], row: int) -> list[RawImage] | None:
+        """A row's images before decoding; None where one cannot be read."""
+        try:
+            return [read_image(cell, self._image_folder) for cell in self._cells(entry, row)]
         except (BadImage, RowError):
             return None
-        return text, digest(raw) if raw else ""
 
     def _next_row(self) -> int:
         if self._position == len(self._rows):
@@ -362,8 +377,13 @@ class SourceStream:
         """The row as reward workers get it: sizes of images instead of images, which would be sent
         to another process with every rollout, and options without the labels of other rows."""
         choices = self.config.choices
-        if choices is not None and isinstance(entry[choices], Mapping):
-            entry = {**entry, choices: without_none(entry[choices])}
+        if choices is not None:
+            # By the name that rewards know: a path with dots is no column of the row.
+            where = self._rows.where(row)
+            has_options = read_choices(entry, self.config, where).texts
+            options = read_column(entry, choices, self.config, where) if has_options else None
+            is_mapping = isinstance(options, Mapping)
+            entry = {**entry, choices: without_none(options) if is_mapping else options}
         if self.config.images is None or self._encoder is None:
             return entry
         sizes = [list(self._encoder.model_size(image)) for image in images.inputs]
@@ -446,3 +466,7 @@ class SourceStream:
             turns.append({"role": "system", "content": self.config.system})
         text = fill(self._template, question=question[-1]["content"])
         return [*turns, *question[:-1], {**question[-1], "content": text}]
+
+
+def _digest(images: Sequence[RawImage]) -> str:
+    return digest(images) if images else ""

@@ -28,8 +28,8 @@ from recap_fast.data.row_columns import (
     shorten,
 )
 from recap_fast.data.seeds import permutation, seed_of
+from recap_fast.paths import absolute, has_file_ending, is_pattern, is_url, names_files, shown
 
-_FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 _WANTED = "a file ending in .jsonl, .json or .parquet, or a hub dataset's name (owner/name)"
 _FIRST_ROWS = 20
 """Of a table: if none of them can be used, the mapping of its columns is wrong."""
@@ -68,51 +68,61 @@ def open_rows(config: SourceConfig, seed: int) -> Rows:
 
 
 def find_files(config: SourceConfig) -> list[Path]:
-    """The files of a source in the order of their mention, those of a pattern by name; none for a
-    hub dataset.
+    """The files of a source in the order of their mention, those of a pattern by name, each once;
+    none for a hub dataset.
 
     Raises:
         DataError: a path that is neither, or a pattern that fits no file.
     """
     paths = config.path if isinstance(config.path, list) else [str(config.path)]
-    files = []
+    files: dict[str, Path] = {}
     for path in paths:
-        found = _matches(config, os.path.expanduser(path))
+        found = _matches(config, path)
         if not found and isinstance(config.path, list):
             raise DataError(
-                f"source {config.name!r}: {shorten(path)}: a list of paths holds files ending in "
+                f"source {config.name!r}: {shown(path)!r}: a list of paths holds files ending in "
                 f".jsonl, .json or .parquet, or patterns; a hub dataset is a source of its own"
             )
-        files += found
-    return files
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
 def _matches(config: SourceConfig, path: str) -> list[Path]:
     """The files that a path or a pattern names; none for a hub dataset's name."""
-    # Of os.path, because pathlib raises for names that are too long for the system.
-    exists = os.path.exists(path)
-    if any(sign in path for sign in "*?[") and not exists:
-        found = sorted(glob.glob(path, recursive=True))
-        usable = [Path(name) for name in found if name.endswith(_FILE_ENDINGS)]
-        if not usable:
-            got = f"{len(found)} files of other kinds" if found else "none"
-            raise DataError(
-                f"source {config.name!r}: {shorten(path)}: wanted files ending in .jsonl, .json or "
-                f".parquet that fit this pattern, got {got}"
-            )
-        return usable
-    if path.endswith(_FILE_ENDINGS):
-        if not os.path.isfile(path):
-            raise DataError(f"source {config.name!r}: {shorten(path)}: no such file")
-        return [Path(path)]
-    looks_like_file = exists or path.startswith((".", "/", "~"))
-    if looks_like_file or re.search(r"\.(csv|tsv|txt|arrow|gz|zst|zip)$", path):
+    where = f"source {config.name!r}: {shown(path)!r}"
+    if is_url(path):
         raise DataError(
-            f"source {config.name!r}: {shorten(path)}: wanted {_WANTED}, got {_describe_path(path)}"
+            f"{where}: URLs are not read: give a file on this machine, or a hub dataset by its "
+            f"name (owner/name)"
         )
-    if not _HUB_NAME.fullmatch(path) or len(path) > _LONGEST_HUB_NAME:
-        raise DataError(f"source {config.name!r}: {shorten(path)} is neither {_WANTED}")
-    return []
+    if "\0" in path:
+        raise DataError(f"{where}: no such file")
+    if not names_files(path):
+        is_archive = re.search(r"\.(csv|tsv|txt|arrow|gz|zst|zip)$", path, re.IGNORECASE)
+        if is_archive or not _HUB_NAME.fullmatch(path) or len(path) > _LONGEST_HUB_NAME:
+            raise DataError(f"{where} is neither {_WANTED}")
+        return []
+    path = absolute(path)
+    if is_pattern(path):
+        return _fitting(where, path)
+    if not has_file_ending(path):
+        raise DataError(f"{where}: wanted {_WANTED}, got {_describe_path(path)}")
+    if not os.path.isfile(path):
+        raise DataError(f"{where}: {'a folder' if os.path.isdir(path) else 'no such file'}")
+    return [Path(path)]
+
+
+def _fitting(where: str, pattern: str) -> list[Path]:
+    found = [name for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
+    usable = [Path(name) for name in found if has_file_ending(name)]
+    if not usable:
+        got = f"{len(found)} files of other kinds" if found else "none"
+        raise DataError(
+            f"{where}: wanted files ending in .jsonl, .json or .parquet that fit this pattern, "
+            f"got {got}"
+        )
+    return usable
 
 
 def _open_scenes(config: SourceConfig, seed: int) -> Rows:
@@ -136,7 +146,7 @@ def image_folder(config: SourceConfig) -> Path | None:
         DataError: the source's files lie in several folders.
     """
     if config.image_folder is not None:
-        return Path(config.image_folder).expanduser()
+        return Path(absolute(config.image_folder))
     if config.images is None or config.path is None:
         return None
     folders = {path.parent for path in find_files(config)}
@@ -160,9 +170,10 @@ def _open_file(config: SourceConfig, path: Path) -> Rows:
         raise DataError(
             f"source {config.name!r}: subset and split are for hub datasets; {path} is a file"
         )
-    if path.suffix == ".jsonl":
+    ending = path.suffix.lower()
+    if ending == ".jsonl":
         return JsonlRows(config, path)
-    if path.suffix == ".json":
+    if ending == ".json":
         return open_json(config, path)
     import datasets
     from pyarrow.parquet import ParquetFile

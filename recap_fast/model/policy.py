@@ -72,7 +72,9 @@ def resolve_model(path: str) -> str:
     path = os.path.expanduser(path)
     shown = path if len(path) <= 200 else path[:197] + "..."
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        raise ModelError(f"model.path: {shown} is a folder without config.json")
+        is_run = os.path.isdir(os.path.join(path, "checkpoints"))
+        hint = ": a run's models are the folders in its checkpoints/" if is_run else ""
+        raise ModelError(f"model.path: {shown} is a folder without config.json{hint}")
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_like_path or path != shown):
         raise ModelError(f"model.path: {shown} is not a folder (nor {SMOLLM2!r}, nor a hub name)")

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, Literal
 
-from recap_fast.rewards.answers import extract_answer
+from recap_fast.rewards.commitment import closing, extract_answer, spoken
 from recap_fast.types import MODEL_IMAGE_SIZES, ORIGINAL_IMAGE_SIZES, RewardSample
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -22,6 +22,10 @@ _MARKS = re.compile(
     r"<\|object_ref_start\|>.*?<\|object_ref_end\|>|<\|box_(?:start|end)\|>", re.DOTALL
 )
 """Around the object's name and the box, as Qwen2-VL writes them."""
+_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?=[\[\](){}])")
+_LIST = re.compile(rf"[\[(]\s*{_NUMBER}(?:{_BETWEEN}{_NUMBER}){{2,}}\s*,?\s*[\])]")
+"""Three numbers or more, but no box: half of one, or corners of several."""
+_ANSWER_END = re.compile(r"</answer>|\\(?:boxed|fbox)\s*(?=\{)")
 _Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 _Extent = tuple[float, float]  # how many units an image is wide and high
 
@@ -75,7 +79,7 @@ def iou(
             f"whose size would connect them"
         )
     truth = _true_box(sample.answer, box_format, units)
-    box = _box(extract_answer(sample.assistant_turn))
+    box = _committed_box(sample.assistant_turn)
     if original is not None and seen is not None:
         truth = _inside(_relative(truth, original), sample.answer, units)
         box = None if box is None else _relative(box, seen)
@@ -122,7 +126,9 @@ def _numbers(answer: Any) -> _Box | None:
 
 def _find(text: str) -> tuple[float, ...] | None:
     """The numbers of the one box that a text names, however often; None for none or several."""
-    text = _MARKS.sub(" ", text)
+    text = _SIZE.sub("", _MARKS.sub(" ", text))
+    if _LIST.search(_BOX.sub(" ", text)):
+        return None
     found = {_floats(match) for match in _BOX.findall(text)}
     if not found and not any(bracket in text for bracket in "[](){}"):
         bare = _BARE_BOX.search(text)
@@ -139,6 +145,21 @@ def _box(text: str) -> _Box | None:
     """The box of an answer, if it is one."""
     numbers = _numbers(text)
     return numbers if numbers is not None and _is_box(numbers) else None
+
+
+def _committed_box(completion: str) -> _Box | None:
+    """The box that a completion commits to; None where another one follows it."""
+    box = _box(extract_answer(completion))
+    text = spoken(completion)
+    ends = list(_ANSWER_END.finditer(text))
+    if box is None or not ends:
+        return box
+    end = ends[-1].end()
+    if not ends[-1][0].endswith(">"):
+        end = closing(text, end) or end
+    rest = _SIZE.sub("", _MARKS.sub(" ", text[end:]))
+    others = {_floats(match) for match in _BOX.findall(rest)}
+    return box if others <= {box} else None
 
 
 def _is_box(box: _Box) -> bool:

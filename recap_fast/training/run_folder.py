@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import IO
 
 from recap_fast.config import ConfigError, TrainConfig, load_config
+from recap_fast.paths import shown
 from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,15 @@ _OWN_NAMES = (
 
 
 class FinishedRunError(CheckpointError):
-    """A run to be resumed that has no steps left: nothing is wrong with it."""
+    """A run to be resumed that has no steps left: nothing is wrong with it.
+
+    Attributes:
+        step: how many steps are done.
+    """
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 def prepare_folder(
@@ -38,10 +48,10 @@ def prepare_folder(
     """
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite removes it: give one of them")
-    used = (run_dir / "config.yaml").exists()
+    used = os.path.exists(run_dir / "config.yaml")  # pathlib raises for names that are too long
     if resume:
         if not used:
-            raise CheckpointError(f"{run_dir}: no run to resume here (no config.yaml)")
+            raise CheckpointError(f"{shown(run_dir)}: no run to resume here (no config.yaml)")
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
         _check_resumable(config, run_dir, int(checkpoint.name.removeprefix("step-")))
         return checkpoint
@@ -52,8 +62,9 @@ def prepare_folder(
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run: {run_dir} cannot be made a folder: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        problem = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run: {shown(run_dir)} cannot be made a folder: {problem}") from None
     return None
 
 
@@ -86,9 +97,14 @@ def clear_folder(run_dir: Path) -> None:
 
 
 def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
-    if step >= config.training.steps:
+    steps = config.training.steps
+    if step > steps:
         raise FinishedRunError(
-            f"{run_dir}: this run has finished: {step} of {config.training.steps} steps are done"
+            f"{run_dir}: nothing to do: {step} steps are done, and training.steps is {steps}", step
+        )
+    if step == steps:
+        raise FinishedRunError(
+            f"{run_dir}: this run has finished: {step} of {steps} steps are done", step
         )
     before = load_config(run_dir / "config.yaml")
     if before.objectives != config.objectives:

@@ -8,6 +8,7 @@ from recap_fast.data.messages import (
     conversation_images,
     count_placeholders,
     question_key,
+    question_keys,
     read_conversation,
     without_none,
 )
@@ -108,6 +109,8 @@ def test_questions_are_the_same_in_any_shape():
     shapes = [
         "What is 1 + 1?",
         "  What is\n1 +\t1? ",
+        "WHAT IS 1 + 1?",
+        "Ｗｈａｔ is １ + １？",
         "<image>\nWhat is 1 + 1?",
         user("What is 1 + 1?"),
         user("What  is 1 + 1?", name="ann"),
@@ -116,12 +119,27 @@ def test_questions_are_the_same_in_any_shape():
         read_conversation(user([{"type": "text", "text": "What is"}, {"text": " 1 + 1?"}])),
         read_conversation(user([{"type": "image"}, {"type": "text", "text": "What is 1 + 1?"}])),
     ]
-    assert {question_key(shape) for shape in shapes} == {"What is 1 + 1?"}
+    assert {question_key(shape) for shape in shapes} == {"what is 1 + 1?"}
     assert question_key("caf\u00e9") == question_key("cafe\u0301")
 
 
 def test_other_questions_are_others():
     first = user("a") + [{"role": "assistant", "content": "b"}] + user("c")
     second = user("a") + [{"role": "assistant", "content": "d"}] + user("c")
-    texts = ["c", "C", "a c", user("a"), first, second]
+    texts = ["c", "ä", "a c", user("a"), first, second]
     assert len({question_key(text) for text in texts}) == len(texts)
+
+
+def test_keys_of_a_conversation_know_their_images():
+    turns = [
+        *user("<image>one"),
+        {"role": "assistant", "content": "a"},
+        *user("two <image><image>"),
+    ]
+    keys = [(text, [1, 2, 3][images]) for text, images in question_keys(turns)]
+    whole = "user: one\nassistant: a\nuser: two"
+    assert keys == [
+        (whole, [1, 2, 3]), ("one", [1]), ("one", [1]), (whole, [1, 2, 3]), ("two", [2, 3]),
+    ]  # fmt: skip
+    bare = [{**turn, "content": turn["content"].replace("<image>", "")} for turn in turns]
+    assert [[1, 2][images] for _, images in question_keys(bare)] == [[1, 2]] * 4 + [[]]

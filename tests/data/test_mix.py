@@ -202,7 +202,7 @@ def test_cursor_resumes_through_json(tmp_path):
     assert drawn(resumed, 9) == expected
 
 
-@pytest.mark.parametrize("change", ["seed", "rows", "mixing"])
+@pytest.mark.parametrize("change", ["rows", "mixing"])
 def test_cursor_of_other_data_is_refused(tmp_path, change):
     path = write_jsonl(tmp_path / "rows.jsonl", questions(11))
     cursor = stream(rl("a", path), sft("b", path)).state_dict()
@@ -211,7 +211,7 @@ def test_cursor_of_other_data_is_refused(tmp_path, change):
         write_jsonl(tmp_path / "rows.jsonl", questions(12))
     elif change == "mixing":
         keys["mixing"] = {"a": 1.0, "b": 3.0}
-    other = stream(rl("a", path), sft("b", path), seed=int(change == "seed"), **keys)
+    other = stream(rl("a", path), sft("b", path), **keys)
     with pytest.raises(DataError, match="cursor"):
         other.load_state_dict(cursor)
 
@@ -240,6 +240,44 @@ def test_held_out_questions_are_not_trained_on_through_another_source(tmp_path):
     data = stream(rl("a", path, held_out=5), sft("b", path, held_out=0))
     held_out = {prompt.row for prompt in data.held_out("a")}
     assert held_out.isdisjoint(row for source, row in drawn(data, 20) if source == "b")
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        str.upper,
+        lambda text: "".join(chr(ord(c) + 0xFEE0) if c.isalnum() else c for c in text),
+        lambda text: [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "it is this"},
+            {"role": "user", "content": "thanks"},
+            {"role": "assistant", "content": "welcome"},
+        ],
+        lambda text: [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "this"},
+            {"role": "user", "content": "and now?"},
+        ],
+    ],
+)
+def test_held_out_questions_in_disguise_are_not_trained_on(tmp_path, disguise):
+    rows = questions(10)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    other = [{**row, "question": disguise(row["question"])} for row in rows]
+    other_path = write_jsonl(tmp_path / "other.jsonl", other)
+    data = stream(rl("a", path, held_out=5), sft("b", other_path, held_out=0))
+    held_out = {prompt.row for prompt in data.held_out("a")}
+    seen = {row for source, row in drawn(data, 10) if source == "b"}
+    assert seen == set(range(10)) - held_out
+
+
+def test_another_seed_cannot_go_on(tmp_path):
+    state = one_source(tmp_path, questions(5), seed=3).state_dict()
+    with pytest.raises(DataError, match="started with seed 3.*cannot go on with seed 4"):
+        one_source(tmp_path, questions(5), seed=4).load_state_dict(state)
 
 
 def test_held_out_of_an_sft_source(tmp_path):

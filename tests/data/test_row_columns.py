@@ -75,9 +75,9 @@ def test_options_are_written_below_the_question():
     for wrong in (
         "north",
         list(range(27)),
-        ["x", None],
         [["x"]],
-        [{"text": "x"}],
+        [{"label": "A"}],
+        {"A": "x", "(A)": "y"},
         {"A": ["x"]},
         {"label": ["A"], "text": ["x", "y"]},
         {"label": "A", "text": "x"},
@@ -94,6 +94,15 @@ def test_options_are_written_below_the_question():
         ({"text": ["north", "south"], "label": ["1", "2"]}, "(1) north\n(2) south"),
         ([{"label": "X", "text": "a"}, {"label": "Y", "text": "b"}], "(X) a\n(Y) b"),
         ((1.5, "b"), "(A) 1.5\n(B) b"),
+        (["x", "y", None, None], "(A) x\n(B) y"),  # Parquet's padding
+        ({"text": ["x", "y"], "label": None}, "(A) x\n(B) y"),
+        ({"text": ["x", "y"]}, "(A) x\n(B) y"),
+        ([{"text": "x", "label": None}, {"text": "y"}], "(A) x\n(B) y"),
+        (["A. x", "B) y", "(C) z"], "(A) x\n(B) y\n(C) z"),
+        ({"A": "A: x", "B": "B: y"}, "(A) x\n(B) y"),
+        (["A. x", "y"], "(A) A. x\n(B) y"),
+        ({"1": "1.5", "2": "2.5"}, "(1) 1.5\n(2) 2.5"),
+        ({"I": "x", "II": "y", "III": "z"}, "(I) x\n(II) y\n(III) z"),
     ],
 )
 def test_options_with_labels(options, lines):
@@ -101,7 +110,20 @@ def test_options_with_labels(options, lines):
     assert question(row, choices="options") == f"Which?\n{lines}"
 
 
-@pytest.mark.parametrize("options", [{}, {"A": None}, {"text": [], "label": []}])
+def test_options_inside_of_a_column():
+    row = {"question": {"stem": "Which?", "choices": ["x", "y"]}, "answer": "A"}
+    keys = {"question": "question.stem", "choices": "question.choices"}
+    check_row(row, source(**keys), "row 0")
+    assert question(row, **keys) == "Which?\n(A) x\n(B) y"
+
+
+@pytest.mark.parametrize("content", ["", " ", [{"type": "text", "text": None}]])
+def test_empty_turns_are_no_questions(content):
+    with pytest.raises(DataError, match="the user's last turn is empty"):
+        question({"question": [{"role": "user", "content": content}]})
+
+
+@pytest.mark.parametrize("options", [[], [None], {}, {"A": None}, {"text": [], "label": []}])
 def test_empty_options_are_none(options):
     assert question({"question": "Which?", "options": options}, choices="options") == "Which?"
 

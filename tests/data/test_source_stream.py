@@ -12,7 +12,7 @@ from PIL import Image
 
 from recap_fast.config import DataConfig, SourceConfig
 from recap_fast.data.mix import DataError, DataStream
-from recap_fast.rewards.functions import thinking_format
+from recap_fast.rewards.functions import accuracy, thinking_format
 from recap_fast.types import RewardSample
 from tests.vision_rows import (
     END,
@@ -580,3 +580,21 @@ def test_lists_of_answers_and_labelled_options_reach_rewards(tmp_path):
     assert got[0].answer == ["4", "four"]
     assert got[1].entry["options"] == {"A": "x", "C": "y"}  # Parquet's has B: None
     assert got[1].text == "r\n(A) x\n(C) y"
+
+
+def test_options_inside_of_a_column_reach_rewards(tmp_path):
+    rows = [
+        {"question": {"stem": "q", "choices": [{"label": "B", "text": "x"},
+                                               {"label": "A", "text": "y"}]}, "answer": "x"},
+        {"question": {"stem": "r", "choices": []}, "answer": "4"},
+    ]  # fmt: skip
+    keys = {"question": "question.stem", "choices": "question.choices"}
+    rewards = {"accuracy": "accuracy"}
+    path = write_rows(tmp_path, rows)
+    got = prompts(path, batch_size=2, images=None, rewards=rewards, **keys)
+    got = sorted(got, key=lambda prompt: prompt.row)
+    assert [prompt.text for prompt in got] == ["q\n(B) x\n(A) y", "r"]
+    for prompt, right, wrong in zip(got, ["B", "4"], ["A", "5"], strict=True):
+        for answer, reward in ((right, 1.0), (wrong, 0.0)):
+            sample = RewardSample(answer, prompt.answer, prompt.entry, 5, 9, "stop")
+            assert accuracy(sample, choices="question.choices") == reward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -195,3 +196,54 @@ def test_folder_of_images_of_several_files(tmp_path):
     with pytest.raises(DataError, match="lie in 2 folders, such as .*image_folder"):
         image_folder(source(f"{tmp_path}/**/*.jsonl", images="image"))
     assert image_folder(source(images="image")) is None
+
+
+# -- paths
+
+
+def rows_file(path, *questions):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions))
+    return path
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "path",
+    [f"{LONG}.jsonl", LONG, f"{LONG}*.json", "/y" * 2500, "/y" * 2500 + "/*.jsonl", f"~/{LONG}",
+     "a\0b.jsonl"],
+)  # fmt: skip
+def test_paths_that_no_system_takes(path):
+    for given in (path, [path]):
+        config = SourceConfig(name="s", kind="sft", path=given)
+        with pytest.raises(DataError) as error:
+            open_rows(config, 0)
+        assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "path", ["https://host/rows.jsonl", "file:///rows.jsonl", "hf://datasets/a/b", "s3://b/*.jsonl"]
+)
+def test_urls_are_not_read(path):
+    with pytest.raises(DataError, match="URLs are not read: give a file"):
+        open_rows(source(path), 0)
+
+
+def test_endings_in_upper_case(tmp_path):
+    rows_file(tmp_path / "a.JSONL", "a")
+    (tmp_path / "b.Json").write_text('[{"question": "b", "answer": "1"}]')
+    config = SourceConfig(name="s", kind="sft", path=[f"{tmp_path}/a.JSONL", f"{tmp_path}/*.Json"])
+    rows = open_rows(config, 0)
+    assert [rows[0]["question"], rows[1]["question"]] == ["a", "b"]
+
+
+def test_a_file_that_is_named_twice_is_taken_once(tmp_path, monkeypatch):
+    rows_file(tmp_path / "a.jsonl", "a")
+    rows_file(tmp_path / "b.jsonl", "b")
+    os.symlink("a.jsonl", tmp_path / "c.jsonl")
+    monkeypatch.chdir(tmp_path)
+    config = SourceConfig(name="s", kind="sft", path=["b.jsonl", "*.json*", "./a.jsonl"])
+    rows = open_rows(config, 0)
+    assert [rows[i]["question"] for i in range(len(rows))] == ["b", "a"]

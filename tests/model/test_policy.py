@@ -81,6 +81,9 @@ def test_home_folder(folder, monkeypatch):
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(ModelError, match="config.json"):
         resolve_model(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ModelError, match="the folders in its checkpoints/"):
+        resolve_model(str(tmp_path))
 
 
 def test_hub_name_that_cannot_be_reached(monkeypatch):

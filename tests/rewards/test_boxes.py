@@ -68,7 +68,6 @@ REF = "<|object_ref_start|>the cat [2, 2, 9, 9]<|object_ref_end|>"
         '{"bbox": [0, 0, 10, 10]}',
         "[0, 0, 10, 10] [0, 0, 10, 10]",
         "[0, 0, 10, 10], or (0,0),(10,10)",
-        "[1, 2, 3] [0, 0, 10, 10]",
     ],
 )
 def test_boxes_in_every_notation(text):
@@ -192,3 +191,23 @@ def test_iou_units_without_an_image():
 def test_iou_with_a_truth_in_other_units(truth, parameters, message):
     with pytest.raises(ValueError, match=message):
         iou(tagged("[10, 10, 50, 30]", truth, **SIZES), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<answer>[0, 0, 10, 10]</answer>[5, 5, 9, 9]", 0.0),
+        ("<answer>[0, 0, 10, 10]</answer> or (5,5),(9,9)", 0.0),
+        ("\\boxed{[0, 0, 10, 10]} [5, 5, 9, 9]", 0.0),
+        ("<answer>[0, 0, 10, 10]</answer>\\boxed{[5, 5, 9, 9]}", 0.0),
+        ("<answer>[1, 2, 3][0, 0, 10, 10]</answer>", 0.0),
+        ("<answer>[0, 0, 10, 10] (1, 2, 3, 4, 5)</answer>", 0.0),
+        ("<answer>[0, 0, 10, 10]</answer> That is [0, 0, 10, 10].", 1.0),
+        ("The dog is at [5, 5, 9, 9]. <answer>[0, 0, 10, 10]</answer>", 1.0),
+        ("<think>[5, 5, 9, 9]</think><answer>[0, 0, 10, 10]</answer>", 1.0),
+        ("\\boxed{\\left[0, 0, 10, 10\\right]}", 1.0),
+        ("<answer>\\left( 0, 0, 10, 10 \\right)</answer>", 1.0),
+    ],
+)
+def test_one_box_is_committed_to(completion, expected):
+    assert iou(RewardSample(completion, [0, 0, 10, 10], {}, 10, 100, "stop")) == expected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from recap_fast.config import ConfigError
 from recap_fast.training.checkpoint import CheckpointError
-from recap_fast.training.run_folder import find_evaluated
+from recap_fast.training.run_folder import FinishedRunError, find_evaluated, prepare_folder
 
 
 @pytest.fixture
@@ -68,3 +70,22 @@ def test_folders_that_cannot_be_evaluated(run_folder, tmp_path):
         CheckpointError, match=r"no checkpoint to evaluate yet.*eval \S+config.yaml"
     ):
         find_evaluated(empty)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/y" * 3000, "a\0b"])
+def test_folders_that_no_system_takes(name):
+    with pytest.raises(ConfigError, match="cannot be made a folder"):
+        prepare_folder(None, Path(name), resume=False, overwrite=False)
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        prepare_folder(None, Path(name), resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [(10, "has finished: 10 of 10 steps"), (2, "10 steps are done, and training.steps is 2")],
+)
+def test_runs_without_steps_left(run_folder, steps, words):
+    config = SimpleNamespace(training=SimpleNamespace(steps=steps))
+    with pytest.raises(FinishedRunError, match=words) as error:
+        prepare_folder(config, run_folder, resume=True, overwrite=False)
+    assert error.value.step == 10
