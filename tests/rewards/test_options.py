@@ -72,7 +72,7 @@ def test_its_own_text_or_a_reason_beside_the_letter(answer):
         (["3", "4", "5"], ["A", "C"], "A. 3", 0),
         (["Washington, D.C.", "New York"], "A", "Washington DC", 1),
         (["Washington, D.C.", "New York"], "A", "A. Washington DC", 1),
-        (["ab", "a.b"], "A", "a b", 0),
+        (["abcd", "ab.cd"], "A", "ab cd", 0),
         (["1.5", "15"], "A", "15", 0),
         (["", ""], "A", "B", 0),
         (["Paris, France", "Lyon, France"], "A", "A. Paris", 1),
