@@ -47,6 +47,10 @@ SHORTENED = {
     "python benchmarks/bench_step.py --steps 6": (
         "python benchmarks/bench_step.py --steps 1 --only 'recap-fast, transformers'"
     ),
+    # The shape of the figure in docs/training.md takes minutes.
+    "python -m benchmarks.bench_update --rounds 0": (
+        "python -m benchmarks.bench_update --rounds 0 --shapes small"
+    ),
     # The small shape of one suite: `recap-fast bench`, all suites, takes minutes on shared cores.
     "recap-fast bench": "recap-fast bench advantages --rounds 1",
     'recap-fast bench -k "recap or GEMMs"': (
