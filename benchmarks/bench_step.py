@@ -96,7 +96,7 @@ def run_trl(setting: str, steps: int) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from recap_fast.model.policy import resolve_model
+    from recap_fast.model.model_path import resolve_model
 
     path = resolve_model("smollm2-135m-instruct")
     entries = reasoning_gym.create_dataset("chain_sum", seed=0, size=200, **TASK)

@@ -8,7 +8,7 @@ import multiprocessing
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 
 from benchmarks.inputs import Inputs, Shape
 from recap_fast.report.metrics import describe_machine
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class EventTime:
@@ -58,6 +60,43 @@ def median_seconds(step: Callable[[], object], device: torch.device, rounds: int
     return statistics.median(times)
 
 
+def seconds_in_turns(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each step in each of `rounds`, after one that does not count.
+
+    Each round runs every step once, so that what else the machine does meets all of them; the
+    order turns round from one to the next.
+    """
+    timer = device_timer(device)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            start = timer()
+            steps[name]()
+            times[name].append(timer() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+class Replay:
+    """A timer that shows times taken before: pytest-benchmark itself cannot take turns."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def read(self) -> float:
+        return self._now
+
+    def play(self, benchmark: Any, times: Sequence[float]) -> None:
+        """Gives `times` to a benchmark whose timer is `read`."""
+        pending = iter(times)
+
+        def advance() -> None:
+            self._now += next(pending)
+
+        benchmark.pedantic(advance, rounds=len(times))
+
+
 def peak_mib(name: str, suite: str, shape: Shape, device: torch.device) -> float | None:
     """MiB that one step needs beyond its operands and the gradients that it leaves.
 
@@ -67,20 +106,35 @@ def peak_mib(name: str, suite: str, shape: Shape, device: torch.device) -> float
     """
     if device.type == "cuda":
         return _cuda_peak(name, suite, shape, device)
-    if not Path("/proc/self/clear_refs").exists():
+    if not CLEAR_REFS.exists():
         return None
+    return in_fresh_process(_resident_peak, name, suite, shape)
+
+
+def in_fresh_process(
+    function: Callable[..., Any], *arguments: Any, preload: Sequence[str] = ()
+) -> Any:
+    """What `function` returns in a process of its own, with this one's number of threads.
+
+    The first call of a process says which modules its own children find imported: `preload`.
+    """
     # Children of a server that has imported torch but never computed start within milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.peers"])
-    with context.Pool(1) as pool:
-        return pool.apply(_resident_peak, (name, suite, shape, torch.get_num_threads()))
+    context.set_forkserver_preload(["benchmarks.peers", *preload])
+    with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.apply(function, arguments)
 
 
 def find_implementation(suite: str, name: str) -> Any:
     """An implementation by the names of its suite and its own."""
     from benchmarks import peers
 
-    suites = {"policy_loss": peers.POLICY_LOSSES, "logprobs": peers.LOGPROBS}
+    suites = {
+        "policy_loss": peers.POLICY_LOSSES,
+        "logprobs": peers.LOGPROBS,
+        "liger_loss": peers.LIGER_LOSSES,
+        "verl_head": peers.VERL_HEADS,
+    }
     return next(implementation for implementation in suites[suite] if implementation.name == name)
 
 
@@ -92,30 +146,38 @@ def _cuda_peak(name: str, suite: str, shape: Shape, device: torch.device) -> flo
     inputs = Inputs.random(shape, device)
     step = find_implementation(suite, name).build(inputs)
     inputs.clear()
-    gc.collect()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    used = torch.cuda.max_memory_allocated(device) - before
-    return (used - _gradient_bytes(inputs)) / 2**20
+    return (cuda_growth(step, device) - _gradient_bytes(inputs)) / 2**20
 
 
-def _resident_peak(name: str, suite: str, shape: Shape, threads: int) -> float:
-    torch.set_num_threads(threads)
+def _resident_peak(name: str, suite: str, shape: Shape) -> float:
     build = find_implementation(suite, name).build
     # Libraries allocate for good when they are first used.
     build(Inputs.random(Shape(2, 8, shape.hidden, shape.vocab, shape.dtype)))()
     inputs = Inputs.random(shape)
     step = build(inputs)
     inputs.clear()
+    return (resident_growth(step) - _gradient_bytes(inputs)) / 2**20
+
+
+def resident_growth(step: Callable[[], object]) -> int:
+    """Bytes by which this process's resident memory rose above its start while a step ran."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+    CLEAR_REFS.write_text("5")  # resets the high-water mark, see proc(5)
     step()
-    return (_resident("VmHWM") - before - _gradient_bytes(inputs)) / 2**20
+    return _resident("VmHWM") - before
+
+
+def cuda_growth(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes that torch allocated beyond what it held, at most, while a step ran."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _resident(key: str) -> int:
@@ -164,7 +226,10 @@ def _peer_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "triton"):
+    for name in (
+        "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "unsloth-zoo", "verl",
+        "triton",
+    ):  # fmt: skip
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -10,9 +10,13 @@
 #   kernels     the kernel suites beside the peers that are installed
 #   train_step  a training step on Qwen2.5-VL-3B's shapes: tokens/s, MFU, memory, profile
 #   vision_step a hybrid step with images on the same model's shapes, vision tower included
+#   optimizer   AdamW's step alone, by optimizer.state
 #   memory      20 steps of varying length: memory that is reserved and not used
 #   trl_step    the text step through TRL
+#   integrations  TRL's step, Liger's loss and verl's head beside ours in their place
+#   scaling     an update beside what benchmarks/scaling_model.py predicts for one GPU, and two rates
 #   rollout     weight sync into vLLM and rollouts from it
+#   transfer    weights to a vLLM server of its own, by each transfer: seconds and bytes
 #   digits      the forgetting experiment at its larger size; a later call goes on with it
 #
 # --rehearse runs the same parts on any device with tiny shapes.
@@ -20,8 +24,8 @@
 # Variables: PARTS: those to run (all). WHEELS: a folder of wheels, installed for this run only.
 # OUT: where results go (benchmarks/results/<device>). LIMIT: seconds for a part (600). PYTHON.
 #
-# Writes summary.json, summary.md, kernels.json and logs.txt, after every part. Exit status: 1 if a
-# part failed; a part that cannot run here is reported with its reason and is no failure.
+# Writes summary.json, summary.md, kernels.json, integrations.json and logs.txt, after every part. Exit
+# status: 1 if a part failed; a part that cannot run here is reported with its reason and is no failure.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,7 +37,7 @@ case "${1:-}" in
 esac
 
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step memory trl_step rollout digits}"
+PARTS="${PARTS:-machine gpu_tests checks kernels train_step vision_step optimizer memory trl_step integrations scaling rollout transfer digits}"
 export LIMIT="${LIMIT:-600}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -68,7 +72,9 @@ for part in $PARTS; do
     --work "$work" "${rehearse[@]}" >"$work/$part.log" 2>&1
   printf '%s\t%s\n' "$part" $? >>"$work/status.tsv"
   tail -n 40 "$work/$part.log"
-  [[ -f "$work/kernels/results.json" ]] && cp "$work/kernels/results.json" "$results/kernels.json"
+  for suite in kernels integrations; do
+    [[ -f "$work/$suite/results.json" ]] && cp "$work/$suite/results.json" "$results/$suite.json"
+  done
   for log in "$work"/*.log; do printf '== %s\n' "$(basename "$log")"; cat "$log"; done \
     >"$results/logs.txt"
   "$PYTHON" -m benchmarks.on_gpu.summary --work "$work" --results "$results" >"$work/summary"

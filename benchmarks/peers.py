@@ -8,10 +8,12 @@ weaker form instead.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.inputs import Inputs
+from benchmarks.liger import Step, liger_chunked, liger_cute, liger_triton
 
-Step = Callable[[], Tensor | None]
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [B, T, H], weight [V, H], targets [B, T]) -> log-probs [B, T], differentiable."""
 
@@ -152,6 +154,15 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) 
     return logprobs.view_as(targets)
 
 
+def token_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
+    """recap_fast.linear_token_statistics."""
+    from recap_fast import linear_token_statistics as ours
+
+    return ours(hidden.flatten(0, 1), weight, targets.flatten(), impl=impl).logprobs.view_as(
+        targets
+    )
+
+
 # Baselines without a package.
 
 
@@ -229,74 +240,55 @@ def trl_selective(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return selective_log_softmax(F.linear(hidden, weight), targets)
 
 
-def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """TRL's fused head, which its GRPOTrainer uses: chunks, entropy beside log-probs."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as rows
+def trl_chunked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, more: tuple[str, ...] = ()
+) -> Tensor:
+    """TRL's `kernels.chunked_logprob`, as its GRPOTrainer calls it: with entropy, and `more`."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as columns
 
-    outputs = ("log_probs", "entropy")
+    outputs = ("log_probs", "entropy", *more)
     flat = hidden.flatten(0, 1)
     results = ChunkedLogProbFunction.apply(
-        flat, weight, None, targets.flatten(), 1.0, rows, None, 1.0, outputs
+        flat, weight, None, targets.flatten(), 1.0, columns, None, 1.0, outputs
     )
     return results[0].view_as(targets)
 
 
-def liger_chunked(inputs: Inputs) -> Step:
-    """Liger's chunked GRPO loss.
+@cache
+def _unsloth_fused_linear() -> Any:
+    """unsloth_zoo's fused_losses/fused_linear.py by itself.
 
-    On a CPU all sequences are one chunk, its fastest setting there: every further chunk adds a
-    pass over a weight-sized gradient, and compiling would touch only the loss of [B, T] log-probs.
-    On CUDA it is compiled, as it is by default, with 4096 tokens in a chunk.
+    To import the package is to patch torch and transformers, for every peer, and needs unsloth.
+    This one file needs torch alone (Triton on a GPU) and, kept from asking the rest how much memory
+    is free, lets up to 2 GiB of logits exist at a time, which is its limit anyhow.
     """
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    sys.modules["unsloth_zoo.tiled_mlp"] = None  # type: ignore[assignment]
+    folder = next(iter(find_spec("unsloth_zoo").submodule_search_locations))  # type: ignore
+    path = Path(folder) / "fused_losses" / "fused_linear.py"
+    spec = spec_from_file_location("unsloth_fused_linear", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    b, t, _ = inputs.hidden.shape
-    on_cpu = inputs.hidden.device.type == "cpu"
-    module = LigerFusedLinearGRPOLoss(
-        beta=0.0,
-        compiled=not on_cpu,
-        use_ref_model=False,
-        chunk_size=b if on_cpu else max(1, 4096 // t),
-        loss_type="bnpo",
+
+def unsloth(hidden: Tensor, weight: Tensor, targets: Tensor, more: bool = False) -> Tensor:
+    """unsloth_zoo's fused_linear_logprobs: logits made again in backward, as the head is trained.
+
+    `more`: with all the statistics that it knows, which are those of TRL's chunked_logprob.
+    """
+    results = _unsloth_fused_linear().fused_linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        return_entropy=True,
+        return_mean_logits=more,
+        return_log_sum_sq_probs=more,
+        return_is_top1=more,
     )
-    mask = torch.ones_like(inputs.targets)
-
-    def step() -> None:
-        loss, _ = module(inputs.hidden, inputs.weight, inputs.targets, mask, inputs.advantages)
-        loss.backward()
-
-    return step
-
-
-def liger_triton(inputs: Inputs) -> Step:
-    """Liger's Triton GRPO loss over whole logits, whose gradient replaces them."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    mask = torch.ones_like(inputs.targets)
-
-    def step() -> None:
-        # It wants logits of one more position, the last of which it drops.
-        logits = F.linear(F.pad(inputs.hidden, (0, 0, 0, 1)), inputs.weight)
-        loss, _ = triton_grpo_loss(
-            logits, None, None, inputs.targets, inputs.advantages, mask,
-            temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, inplace=True,
-            loss_type="bnpo", reduce=True,
-        )  # fmt: skip
-        loss.backward()
-
-    return step
-
-
-def liger_cute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger's CuTe kernels for sm_90: negative log-likelihood and entropy of each token."""
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    flat = hidden.flatten(0, 1)
-    nll, _ = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        flat, weight, targets.flatten(), 1.0, -100, 1, True
-    )
-    return -nll.view_as(targets)
+    return results[0]
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str) -> Tensor:
@@ -307,7 +299,10 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, impl: str
 
 
 def quack(inputs: Inputs) -> Step:
-    """quack's chunked cross entropy with tuned kernels: a scalar, no log-probs."""
+    """quack's chunked cross entropy with tuned kernels: a scalar, no log-probs.
+
+    On sm_90 it chooses its scaled-exp pipeline by itself.
+    """
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     def step() -> None:
@@ -315,6 +310,29 @@ def quack(inputs: Inputs) -> Step:
         chunked_linear_cross_entropy(flat, inputs.weight, inputs.targets.flatten()).backward()
 
     return step
+
+
+def quack_whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """quack's cross entropy of whole logits, whose gradient replaces them: log-probs."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return -linear_cross_entropy_func(
+        hidden, weight, None, targets, reduction="none", inplace_backward=True
+    )
+
+
+def verl_fused(hidden: Tensor, weight: Tensor, targets: Tensor, ours: bool = False) -> Tensor:
+    """verl's FusedLinearForPPO with its torch backend, or ours in its place."""
+    if ours:
+        from recap_fast.integrations.verl import FusedLinearForPPO
+
+        head = FusedLinearForPPO()
+    else:
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO as TheirHead
+
+        head = TheirHead(impl_backend="torch")
+    logprobs, _ = head(hidden, weight, targets)
+    return logprobs
 
 
 def verl_triton(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -355,14 +373,26 @@ _OUR_LOGPROBS = (
         "recap-fast triton", partial(linear_logprobs, impl="triton"), kind="ours", **_GPU
     ),
 )
+_MORE = ("log_sum_sq_probs", "mean_logits", "is_top1")
+_TOKEN_STATISTICS = tuple(
+    _with_logprobs(f"{name}, all statistics", function, **settings)
+    for name, function, settings in (
+        ("recap-fast torch", partial(token_statistics, impl="torch"), {"kind": "ours"}),
+        ("recap-fast triton", partial(token_statistics, impl="triton"), {"kind": "ours", **_GPU}),
+        ("TRL chunked_logprob", partial(trl_chunked, more=_MORE), {"package": "trl"}),
+        ("unsloth fused_linear", partial(unsloth, more=True), {"package": "unsloth_zoo"}),
+    )
+)
 _LOGPROB_PEERS = (
     _with_logprobs(EAGER, eager),
     Implementation("torch.compile", compiled),
     _with_logprobs("chunked torch (as verl)", chunked_torch),
     _with_logprobs("TRL selective_log_softmax", trl_selective, package="trl"),
-    _with_logprobs("TRL chunked", trl_chunked, package="trl"),
+    _with_logprobs("TRL chunked_logprob", trl_chunked, package="trl"),
+    _with_logprobs("unsloth fused_linear", unsloth, package="unsloth_zoo"),
     _with_logprobs("Liger CuTe", liger_cute, package="cutlass", capability=(9, 0), **_HALF),
     _with_logprobs("verl Triton", verl_triton, package="verl", **_HALF),
+    _with_logprobs("quack, whole logits", quack_whole_logits, package="quack", **_HALF),
     _with_logprobs(
         "CCE", partial(cut_cross_entropy, impl="cce"), package="cut_cross_entropy", **_HALF
     ),
@@ -381,5 +411,19 @@ _LOSS_PEERS = (
 
 POLICY_LOSSES = (*FLOORS, *_FUSED, *_LOGPROB_PEERS, *_LOSS_PEERS)
 """Every way to the policy loss. Those of `LOGPROBS` compute it from their log-probs."""
-LOGPROBS = (FLOORS[0], *_OUR_LOGPROBS, *_LOGPROB_PEERS)
-"""Every way to differentiable per-token log-probs."""
+LOGPROBS = (FLOORS[0], *_OUR_LOGPROBS, *_LOGPROB_PEERS, *_TOKEN_STATISTICS)
+"""Every way to differentiable per-token log-probs; the last also tell all `TokenStatistics`."""
+LIGER_LOSSES = (
+    Implementation("Liger's loss", liger_chunked, package="liger_kernel"),
+    Implementation(
+        "recap-fast's loss", partial(liger_chunked, ours=True), "ours", package="liger_kernel"
+    ),
+)
+"""Two classes with one call. The first is Liger's own."""
+VERL_HEADS = (
+    _with_logprobs("verl's head", verl_fused, package="verl"),
+    _with_logprobs(
+        "recap-fast's head", partial(verl_fused, ours=True), kind="ours", package="verl"
+    ),
+)
+"""Two classes with one call. The first is verl's own."""

@@ -18,15 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recap_fast.config import TrainConfig
+from recap_fast.config import LoraConfig, TrainConfig
 from recap_fast.model import attention
-from recap_fast.model.policy import Policy, make_policy, patch_backbone
+from recap_fast.model.liger import patch_backbone
+from recap_fast.model.policy import Policy, make_policy
+from recap_fast.training.distributed import World, start_world
 from recap_fast.training.optimization import PolicyOptimizer
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout
@@ -193,9 +196,14 @@ Step = Callable[[], Any]
 
 
 def recap_optimizer(
-    workload: Workload, device: torch.device, *, liger: bool = True
+    workload: Workload,
+    device: torch.device,
+    *,
+    liger: bool = True,
+    lora: LoraConfig | None = None,
 ) -> tuple[PolicyOptimizer, Policy, TrainConfig]:
-    """recap-fast's optimizer over a model that is made and patched as the trainer's is.
+    """recap-fast's optimizer over a model that is made and patched as the trainer's is. Under
+    adapters its weights are rounded to bfloat16, as those of published models are.
 
     Liger, where it can run, patches every model of the type that this process makes afterwards:
     see `benchmarks.liger.patches_undone`.
@@ -203,28 +211,87 @@ def recap_optimizer(
     config = make_config(workload, device, liger=liger)
     patch_backbone(config.model, "qwen2", device)
     model = build_model(workload.model, device, packed=True)
-    policy = make_policy(model, config.model, workload.name)
-    return PolicyOptimizer(policy, None, config), policy, config
+    settings = config.model
+    if lora is not None:
+        settings = settings.model_copy(update={"lora": lora})
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    policy = make_policy(model, settings, workload.name)
+    return sharded_optimizer(policy, config), policy, config
+
+
+def sharded_optimizer(policy: Policy, config: TrainConfig) -> PolicyOptimizer:
+    """As the trainer makes it: on CUDA over FSDP's shards, which one process alone has too."""
+    world = _world(policy.device.type)
+    policy.shard(world.mesh)
+    return PolicyOptimizer(policy, None, config, world)
+
+
+@cache
+def _world(kind: str) -> World:
+    return start_world(make_config(WORKLOADS["small"], torch.device(kind)))
 
 
 def recap_step(
-    workload: Workload, device: torch.device, *, liger: bool = True
+    workload: Workload,
+    device: torch.device,
+    *,
+    liger: bool = True,
+    lora: LoraConfig | None = None,
 ) -> tuple[Step, PackedUpdate, Any]:
     """recap-fast's optimizer step from packed batches that lie on the device.
 
     Returns:
         The step, its batches, and the model.
     """
-    optimizer, policy, config = recap_optimizer(workload, device, liger=liger)
+    optimizer, policy, config = recap_optimizer(workload, device, liger=liger, lora=lora)
     update = make_update(workload, config, device, policy.attention)
     weights = torch.ones(1, device=device)
     return lambda: optimizer.step(update, weights, 1e-6), update, policy.model
 
 
-def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch: int) -> Step:
+@dataclass(frozen=True)
+class TrlStep:
+    """The training part of TRL's GRPOTrainer over given rollouts: loss, backward, clip, AdamW."""
+
+    trainer: Any
+    model: Any
+    optimizer: Any
+    batches: list[dict[str, Tensor]]
+
+    def backward(self) -> tuple[Tensor, Tensor]:
+        """Leaves clipped gradients in the model. Returns the loss and their norm before."""
+        losses = []
+        for batch in self.batches:
+            with self.trainer.compute_loss_context_manager():
+                loss = self.trainer.compute_loss(self.model, batch)
+            self.trainer.accelerator.backward(loss)
+            losses.append(loss.detach())
+        norm = self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        return torch.stack(losses).sum(), norm
+
+    def __call__(self) -> None:
+        """One update."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def trl_step(
+    workload: Workload,
+    device: torch.device,
+    folder: str,
+    micro_batch: int,
+    *,
+    autocast: bool = True,
+    patch: Callable[[Any], object] | None = None,
+) -> TrlStep:
     """TRL's GRPOTrainer: its own loss and backward for each micro-batch, its own AdamW.
 
-    bfloat16 autocast over float32 weights, as recap-fast; `micro_batch` rollouts in a pass.
+    Args:
+        micro_batch: rollouts in a pass.
+        autocast: bfloat16 over float32 weights, as recap-fast; else float32 throughout.
+        patch: called with the trainer's model, as a user does before `train()`.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -241,7 +308,7 @@ def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch:
         generation_batch_size=workload.rollouts,
         max_completion_length=workload.completion_tokens,
         learning_rate=1e-6,
-        bf16=True,
+        bf16=autocast,
         gradient_checkpointing=workload.gradient_checkpointing,
         loss_type="bnpo",
         optim="adamw_torch_fused",
@@ -255,6 +322,8 @@ def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch:
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": ["1"] * workload.prompts}),
     )
+    if patch is not None:
+        patch(trainer.model)
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     model.train()
@@ -263,17 +332,7 @@ def trl_step(workload: Workload, device: torch.device, folder: str, micro_batch:
         {name: tensor[start : start + micro_batch] for name, tensor in _padded(workload, device)}
         for start in range(0, workload.rollouts, micro_batch)
     ]
-
-    def step() -> None:
-        for batch in batches:
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch)
-            trainer.accelerator.backward(loss)
-        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return TrlStep(trainer, model, optimizer, batches)
 
 
 def _padded(workload: Workload, device: torch.device) -> list[tuple[str, Tensor]]:

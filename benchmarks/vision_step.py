@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.training_step import ModelShape, Step, model_settings
+from benchmarks.training_step import ModelShape, Step, model_settings, sharded_optimizer
 from recap_fast.config import TrainConfig
 from recap_fast.model import attention
-from recap_fast.model.policy import make_policy, patch_backbone
-from recap_fast.training.optimization import PolicyOptimizer
+from recap_fast.model.liger import patch_backbone
+from recap_fast.model.policy import make_policy
 from recap_fast.training.packing import PackedUpdate, pack_update
 from recap_fast.types import ImageInput, Prompt, Rollout, SupervisedRow
 
@@ -228,7 +228,7 @@ def vision_step(
     config = make_config(workload, device, liger=liger, train_vision=train_vision)
     patch_backbone(config.model, "qwen2_5_vl", device)
     policy = make_policy(build_model(workload, device), config.model, workload.name)
-    optimizer = PolicyOptimizer(policy, None, config)
+    optimizer = sharded_optimizer(policy, config)
     rollouts, advantages, rows = make_rows(workload)
     update = pack_update(
         rollouts, advantages, rows, [2] * len(rows),

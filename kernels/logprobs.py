@@ -6,7 +6,7 @@ Shapes: C rows, V columns.
 import triton
 import triton.language as tl
 
-from recap_fast.kernels.softmax import in_nats, row_statistics, store_gradient, store_zeros
+from recap_fast.kernels.softmax import LN_2, in_nats, row_statistics, store_gradient, store_zeros
 
 IGNORED_TARGET = tl.constexpr(-100)
 
@@ -16,6 +16,9 @@ IGNORED_TARGET = tl.constexpr(-100)
         "targets_ptr",
         "logprobs_ptr",
         "entropy_ptr",
+        "log_sum_sq_probs_ptr",
+        "mean_logits_ptr",
+        "is_top1_ptr",
         "by_logprob_ptr",
         "by_entropy_ptr",
     ],
@@ -26,6 +29,9 @@ def logprobs_kernel(
     targets_ptr,  # [C] int64
     logprobs_ptr,  # [C] float32
     entropy_ptr,  # [C] float32
+    log_sum_sq_probs_ptr,  # [C] float32 or None: no diagnostics
+    mean_logits_ptr,  # [C] float32, with the former
+    is_top1_ptr,  # [C] bool, with the former
     gradient_ptr,  # [C, V] or None: statistics only. May be the logits.
     gradient_stride,
     by_logprob_ptr,  # [C] float32 or None: 0
@@ -37,22 +43,37 @@ def logprobs_kernel(
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """With a gradient, both gradients' factors come from outside: backward passes."""
+    """With a gradient, both gradients' factors come from outside: backward passes.
+
+    Diagnostics come without a gradient.
+    """
+    HAS_DIAGNOSTICS: tl.constexpr = log_sum_sq_probs_ptr is not None
     row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
     row_ptr = logits_ptr + row * logits_stride
     target = tl.load(targets_ptr + row)
     if target == IGNORED_TARGET:
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
+        if HAS_DIAGNOSTICS:
+            tl.store(log_sum_sq_probs_ptr + row, 0.0)
+            tl.store(mean_logits_ptr + row, 0.0)
+            tl.store(is_top1_ptr + row, False)
         if gradient_ptr is not None:
             store_zeros(gradient_ptr + row * gradient_stride, size, BLOCK_V)
     else:
-        statistics = row_statistics(
-            row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
-        )
+        statistics, diagnostics = row_statistics(
+            row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP,
+            HAS_DIAGNOSTICS,
+        )  # fmt: skip
         logprob, entropy = in_nats(statistics)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
+        if HAS_DIAGNOSTICS:
+            log_squares, logits_sum, is_top1 = diagnostics
+            tl.store(log_sum_sq_probs_ptr + row, log_squares * LN_2)
+            tl.store(mean_logits_ptr + row, logits_sum / size * inverse_temperature)
+            # Maxima leave NaN out.
+            tl.store(is_top1_ptr + row, is_top1 & (logprob == logprob))
         if gradient_ptr is not None:
             by_logprob = 0.0
             by_entropy = 0.0

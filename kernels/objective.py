@@ -27,6 +27,18 @@ def is_inside(log_ratio):
 
 
 @triton.jit
+def bounded_weight(weight, low, high, MASKS: tl.constexpr):
+    """The importance weight, and whether it was outside [low, high]; NaN stays NaN."""
+    is_low, is_high = weight < low, weight > high
+    is_bounded = is_low | is_high
+    if MASKS:
+        bounded = tl.where(is_bounded, 0.0, weight)
+    else:
+        bounded = tl.where(is_high, high, tl.where(is_low, low, weight))
+    return bounded, is_bounded
+
+
+@triton.jit
 def surrogate(ratio, advantage, logprob, lower, upper, unclipped_bound, CISPO: tl.constexpr):
     """What a policy token maximises [K], its slope [K], and where the clip decides it [K].
 

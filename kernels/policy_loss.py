@@ -11,7 +11,13 @@ import triton.language as tl
 
 from recap_fast.kernels.advantages import STD, group_advantage
 from recap_fast.kernels.logprobs import IGNORED_TARGET
-from recap_fast.kernels.objective import clamped_exp, is_inside, kl_estimate, surrogate
+from recap_fast.kernels.objective import (
+    bounded_weight,
+    clamped_exp,
+    is_inside,
+    kl_estimate,
+    surrogate,
+)
 from recap_fast.kernels.softmax import in_nats, row_statistics, store_gradient, store_zeros
 
 ADVANTAGE_EPS = tl.constexpr(1e-4)  # the default of `group_advantages`
@@ -38,10 +44,14 @@ CLIPPED = tl.constexpr(2)
         "old_ptr",
         "ref_ptr",
         "rollout_ptr",
+        "importance_ptr",
+        "loss_scale_ptr",
         "logprobs_ptr",
         "entropy_ptr",
         "kl_ptr",
         "penalty_ptr",
+        "rollout_weight_ptr",
+        "is_bounded_ptr",
         "terms_ptr",
         "applied_ptr",
     ],
@@ -62,11 +72,15 @@ def policy_loss_kernel(
     weights_ptr,  # [K] float32 lambda or None: 1
     old_ptr,  # [C] float32 log-probs, or None: on-policy
     ref_ptr,  # [C] float32 or None: no KL
-    rollout_ptr,  # [C] float32 or None: no importance weight
+    rollout_ptr,  # [C] float32 or None: no importance weight of the log-probs
+    importance_ptr,  # [C] float32 or None: no importance weight that was given
+    loss_scale_ptr,  # [] float32 or None: 1. Multiplies the gradient, not the loss
     logprobs_ptr,  # [C] float32, like the rest
     entropy_ptr,  # [C]
     kl_ptr,  # [C] or None
     penalty_ptr,  # [C] or None: what KL and entropy add to the loss
+    rollout_weight_ptr,  # [C] or None without rollout_ptr: its importance weight
+    is_bounded_ptr,  # [C] bool or None likewise: whether that was truncated or masked
     terms_ptr,  # [C, K] what the token adds to -L_k
     applied_ptr,  # [C, K] int8: ABSENT, APPLIES or CLIPPED
     size,  # V
@@ -77,10 +91,12 @@ def policy_loss_kernel(
     lower,  # 1 - clip_low
     upper,  # 1 + clip_high
     unclipped_bound,
+    rollout_min,
     rollout_cap,
     kl_coef,
     entropy_coef,
     CISPO: tl.constexpr,
+    MASKS_ROLLOUT: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -101,6 +117,9 @@ def policy_loss_kernel(
             tl.store(kl_ptr + row, 0.0)
         if penalty_ptr is not None:
             tl.store(penalty_ptr + row, 0.0)
+        if rollout_ptr is not None:
+            tl.store(rollout_weight_ptr + row, 0.0)
+            tl.store(is_bounded_ptr + row, False)
         tl.store(terms_ptr + cells, tl.zeros([BLOCK_K], tl.float32), mask=is_objective)
         tl.store(applied_ptr + cells, tl.zeros([BLOCK_K], tl.int8), mask=is_objective)
         if gradient_ptr is not None:
@@ -144,11 +163,14 @@ def policy_loss_kernel(
         old = tl.load(old_ptr + row)
     if rollout_ptr is not None:
         rollout = tl.load(rollout_ptr + row)
+    importance = 1.0
+    if importance_ptr is not None:
+        importance = tl.where(is_policy, tl.load(importance_ptr + row), 0.0)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + row)
 
     row_ptr = logits_ptr + row * logits_stride
-    statistics = row_statistics(
+    statistics, _ = row_statistics(
         row_ptr, target, size, softcap, inverse_temperature, HAS_SOFTCAP, BLOCK_V, GROUP
     )
     logprob, entropy = in_nats(statistics)
@@ -165,14 +187,16 @@ def policy_loss_kernel(
     value, slope, decides = surrogate(
         ratio, advantage, logprob, lower, upper, unclipped_bound, CISPO
     )
-    importance = 1.0
     if rollout_ptr is not None:
         if old_ptr is not None:
             gap = tl.where(is_policy, old - rollout, 0.0)
         else:
             gap = tl.where(is_policy, logprob - rollout, 0.0)
-        importance = clamped_exp(gap)
-        importance = tl.where(importance > rollout_cap, rollout_cap, importance)
+        importance, is_bounded = bounded_weight(
+            clamped_exp(gap), rollout_min, rollout_cap, MASKS_ROLLOUT
+        )
+        tl.store(rollout_weight_ptr + row, tl.where(is_policy, importance, 0.0))
+        tl.store(is_bounded_ptr + row, is_bounded & is_policy)
     gain = tl.where(applies, share * importance * value, 0.0)
     terms = tl.where(supervises, share * logprob, gain)
     tl.store(terms_ptr + cells, terms, mask=is_objective)
@@ -199,6 +223,12 @@ def policy_loss_kernel(
                 penalty += kl_coef * regulariser * kl
                 by_logprob += kl_coef * regulariser * kl_slope
         tl.store(penalty_ptr + row, penalty)
+
+    if loss_scale_ptr is not None:
+        loss_scale = tl.load(loss_scale_ptr)
+        by_logprob *= loss_scale
+        if HAS_ENTROPY:
+            by_entropy *= loss_scale
 
     if gradient_ptr is not None:
         if (by_logprob == 0.0) & (by_entropy == 0.0):

@@ -62,9 +62,12 @@ def row_statistics(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
+    HAS_DIAGNOSTICS: tl.constexpr = False,
 ):
-    """One pass over a row. Returns the peak, log2 of the sum of p / p_peak, log2 p_target, the
-    entropy in bits, and the slope of the softcap at the target.
+    """One pass over a row. Returns the statistics that the gradient needs: the peak, log2 of the
+    sum of p / p_peak, log2 p_target, the entropy in bits, the slope of the softcap at the target.
+    And the diagnostics, if asked for: log2 of the sum of p^2, the sum of the capped logits, and
+    whether the target is the first of the largest.
 
     The peak is the largest capped logit. Exponents are base 2, which is what the hardware computes:
     bits = (z - peak) * log2(e) / temperature. Subtracting first keeps large logits exact.
@@ -83,6 +86,16 @@ def row_statistics(
     z_target = tl.where(known, z_target, float("nan"))
     total = tl.zeros([LANES], tl.float32)  # of 2^bits
     moment = tl.zeros([LANES], tl.float32)  # of 2^bits * bits
+    if HAS_DIAGNOSTICS:
+        squares = tl.zeros([LANES], tl.float32)  # of 4^bits
+        plain = tl.zeros([LANES], tl.float32)  # of capped logits
+        # The largest logit before the target: of whole groups in the loop, of its own group here.
+        ends = tl.arange(1, LANES + 1) * GROUP
+        place = column.to(tl.int32)  # half the registers
+        own = place - place % GROUP + tl.arange(0, GROUP)
+        z_own = load_capped(row_ptr, own, size, softcap, HAS_SOFTCAP)[0]
+        rival = tl.max(tl.where(own < place, z_own, float("-inf")), axis=0)
+        rivals = tl.full([LANES], float("-inf"), tl.float32)
     # 16-bit logits are loaded while the block before is worked on. As they lie in memory they take
     # few registers; left to itself, the assembler waits for every 16-byte load of threads of 64
     # registers. float32 logits would spill; their loads, and the narrow ones of rows that are not
@@ -99,6 +112,10 @@ def row_statistics(
         else:
             z, _ = load_capped(row_ptr, columns, size, softcap, HAS_SOFTCAP)
         highest = tl.maximum(peak, tl.max(z, axis=1))
+        if HAS_DIAGNOSTICS:
+            # No group lies across the end: it is of one column, or divides the size.
+            plain += tl.where(start + ends <= size, tl.sum(z, axis=1), 0.0)
+            rivals = tl.where(start + ends <= place, highest, rivals)
         # Where all is -inf so far, any finite reference will do.
         reference = tl.where(highest == float("-inf"), 0.0, highest)
         shift = tl.maximum((peak - reference) * to_bits, NEGLIGIBLE)
@@ -108,6 +125,8 @@ def row_statistics(
         weight = tl.exp2(bits)
         moment = (moment + total * shift) * decay + tl.sum(weight * bits, axis=1)
         total = total * decay + tl.sum(weight, axis=1)
+        if HAS_DIAGNOSTICS:
+            squares = squares * decay * decay + tl.sum(weight * weight, axis=1)
         peak = highest
     row_peak = tl.max(peak, axis=0)
     shift = tl.maximum((peak - row_peak) * to_bits, NEGLIGIBLE)
@@ -116,12 +135,21 @@ def row_statistics(
     log_mass = tl.log2(mass)
     entropy = log_mass - tl.sum((moment + total * shift) * decay, axis=0) / mass
     log2_p_target = (z_target - row_peak) * to_bits - log_mass
-    return row_peak, log_mass, log2_p_target, entropy, target_slope
+    log_squares = 0.0
+    logits_sum = 0.0
+    is_top1 = False
+    if HAS_DIAGNOSTICS:
+        log_squares = tl.log2(tl.sum(squares * decay * decay, axis=0)) - 2.0 * log_mass
+        logits_sum = tl.sum(plain, axis=0)
+        rival = tl.maximum(rival, tl.max(rivals, axis=0))
+        is_top1 = (z_target == row_peak) & (z_target > rival)
+    statistics = (row_peak, log_mass, log2_p_target, entropy, target_slope)
+    return statistics, (log_squares, logits_sum, is_top1)
 
 
 @triton.jit
 def in_nats(statistics):
-    """Log-prob of the target and entropy, of what `row_statistics` returned."""
+    """Log-prob of the target and entropy, of what `row_statistics` returned first."""
     return statistics[2] * LN_2, statistics[3] * LN_2
 
 
@@ -142,7 +170,7 @@ def store_gradient(
 ):
     """by_logprob * d logprob + by_entropy * d H over the row, which may be overwritten by it.
 
-    Takes the statistics as `row_statistics` returned them, in its units.
+    Takes the statistics as `row_statistics` returned them first, in its units.
     """
     peak, log_mass, log2_p_target, entropy, target_slope = statistics
     offsets = tl.arange(0, BLOCK_V)

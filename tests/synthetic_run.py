@@ -92,6 +92,8 @@ def _training_row(
         row[f"weight/{name}"] = float(weights[k])
         row[f"rate/{name}"] = float(reweighter.rates[k])
         row[f"instability/{name}"] = float(reweighter.instabilities[k])
+        strength = {"accuracy": 0.4, "format": 0.5 * (1 - x) ** 2, "ntp": 5.0 - 3.0 * x}[name]
+        row[f"gradient_norm/{name}"] = strength * float(np.exp(0.3 * rng.normal()))
         row[f"loss/{name}"] = noisy[name] if name == "ntp" else 0.02 * rng.normal()
         if name != "ntp":
             row[f"reward/{name}"] = min(max(noisy[name], 0.0), 1.0)

@@ -4,6 +4,7 @@ import shlex
 import sys
 
 import pytest
+import typer
 import yaml
 
 from recap_fast import cli
@@ -186,3 +187,10 @@ def test_train_eval_resume_and_report(run, config, tmp_path, caplog):
     status, _, _ = run("report", tmp_path / "run")
     assert status == 0
     assert report.exists()
+
+
+def test_numbers_of_a_part_are_told_apart_or_named() -> None:
+    assert cli._numbers("--shares", "10,20") == [10, 20]
+    assert cli._numbers("--shares", None) is None
+    with pytest.raises(typer.BadParameter, match="--seeds: wanted whole numbers as 10,20, got 0-4"):
+        cli._numbers("--seeds", "0-4")

@@ -50,6 +50,8 @@ def test_overrides_replace_keys(path):
         ("loss.clip_lo=0.1", "loss.clip_lo", "'clip_low'"),
         ("data.sources.0.kindd=rl", "data.sources.0.kindd", "'kind'"),
         ("trainig={}", "trainig", "'training'"),
+        ("rollout.asinc.depth=1", "rollout.asinc", "'async'"),
+        ("rollout.async.deph=1", "rollout.async.deph", "'depth'"),
         ("data.mixing={sumz: 1}", "data.mixing", "'sums'"),
         ("reweighting.signals={lenght: loss}", "reweighting.signals", "'length'"),
     ],
@@ -73,6 +75,10 @@ def test_wrong_types_and_values_name_the_key(path, override):
     assert key in message(path, override) or key.rsplit(".", 1)[0] in message(path, override)
 
 
+SERVER = ["rollout.engine=vllm_server"]
+NAMED = ["rollout.server.adapters=named"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -82,6 +88,29 @@ def test_wrong_types_and_values_name_the_key(path, override):
         (["loss.temperature=0.5"], ["loss.temperature", "rollout.temperature"]),
         (["data.mixing=coreset", "data.sources.1.replay=false"], ["coreset", "replay"]),
         (["data.mixing={sums: 0}"], ["data.mixing", "above 0"]),
+        (
+            ["data.mixing=adaptive", "data.adaptive.shares={sums: -1}"],
+            ["data.adaptive.shares", "at least 0"],
+        ),
+        (["data.mixing=adaptive", "data.adaptive.shares={sumz: 1}"], ["shares", "'sums'"]),
+        (
+            ["data.mixing=adaptive", "data.sources.1.replay=false", "data.adaptive.shares=coreset"],
+            ["data.adaptive.shares", "replay"],
+        ),
+        (["data.mixing=adaptive", "data.adaptive.most=1.0"], ["data.adaptive.most", "1"]),
+        (["data.adaptive={most: 3.0}"], ["data.adaptive", "set data.mixing to adaptive"]),
+        (
+            ["data.mixing=adaptive", "reweighting={method: uniform}"],
+            ["reweighting.method is uniform", "set reweighting.method to recap"],
+        ),
+        (
+            ["data.mixing=adaptive", "data.adaptive.shares={sums: 1}"],
+            ["adaptive", "the same objectives", "set data.mixing to another"],
+        ),
+        (["data.review={}"], ["data.review.rewards", "'accuracy'", "length"]),
+        (["data.review={rewards: [lenght]}"], ["data.review.rewards", "'length'"]),
+        (["data.review={rewards: [ntp]}"], ["data.review.rewards", "'ntp'", "name a reward"]),
+        (["data.review={rewards: [length], share: 0.0}"], ["data.review.share", "0"]),
         (["data.sources.1.objective=vowels"], ["vowels", "reward", "supervised"]),
         (["data.sources.1.name=sums"], ["'sums'", "twice"]),
         (["data.sources.0.path=x.jsonl"], ["data.sources.0", "exactly one"]),
@@ -90,8 +119,71 @@ def test_wrong_types_and_values_name_the_key(path, override):
         (["loss.logit_softcap=30.0"], ["logit_softcap", "the model's own"]),
         (["training.updates_per_rollout=5"], ["updates_per_rollout", "batch_size"]),
         (
-            ["loss.rollout_is_cap=2.0", "training.updates_per_rollout=2"],
-            ["rollout_is_cap", "updates_per_rollout"],
+            ["rollout.dynamic_sampling={}", "rollout.group_size=1", "advantages.normalize=none"],
+            ["rollout.group_size is 1", "rollout.dynamic_sampling", "at least 2"],
+        ),
+        (
+            ["reweighting.advantages=gdpo"],
+            ["reweighting.advantages is gdpo", "reweighting.method is recap", "uniform or static"],
+        ),
+        (
+            ["reweighting={method: uniform, advantages: dvao}", "advantages.normalize=none"],
+            ["reweighting.advantages is dvao", "advantages.normalize is none", "set it to std"],
+        ),
+        (
+            [
+                "reweighting={method: static, advantages: gd2po}",
+                "data.mixing=uniform",
+                "data.sources=[{name: words, kind: sft, reasoning_gym: spell_backward, size: 9}]",
+            ],
+            ["reweighting.advantages is gd2po", "no source has rewards"],
+        ),
+        (["rollout.dynamic_sampling.max_refills=0"], ["rollout.dynamic_sampling.max_refills", "1"]),
+        (["loss.rollout_is_mode=mask"], ["rollout_is_cap", "rollout_is_mode 'mask'", "None"]),
+        (["loss.rollout_is_min=0.5"], ["rollout_is_cap", "rollout_is_min 0.5", "None"]),
+        (
+            ["loss.rollout_is_cap=2.0", "loss.rollout_is_min=2.0"],
+            ["rollout_is_min", "below rollout_is_cap 2.0", "got 2.0"],
+        ),
+        (["rollout.async.depth=1"], ["async.depth", "set engine to vllm_server"]),
+        ([*SERVER, "rollout.async.depth=1"], ["rollout.async.depth", "set loss.rollout_is_cap"]),
+        (
+            [*SERVER, "rollout.async={depth: 1, max_staleness: 0}"],
+            ["max_staleness is 0 and depth 1", "raise max_staleness to at least 1"],
+        ),
+        ([*SERVER, "rollout.async={max_staleness: 2}"], ["max_staleness is 2", "depth is 0"]),
+        ([*SERVER, "rollout.server.urls=[localhost]"], ["rollout.server.urls", "http://host:port"]),
+        (["rollout.server.urls=['http://x:1']"], ["server.urls", "set engine to vllm_server"]),
+        (["rollout.server.count=2"], ["server.count is set", "engine is transformers", "leave"]),
+        (
+            ["rollout.engine=vllm", "rollout.server.timeout=5.0"],
+            ["server.timeout is set", "set engine to vllm_server"],
+        ),
+        (
+            [*SERVER, "rollout.server.urls=['http://x:1', 'http://x:1/']"],
+            ["rollout.server.urls", "http://x:1 is given twice"],
+        ),
+        (
+            [*SERVER, "rollout.server={urls: ['http://x:1'], count: 2}"],
+            ["rollout.server", "count is 2", "urls names 1", "leave one of the two out"],
+        ),
+        (
+            [*SERVER, "rollout.async.on_update=recompute"],
+            ["on_update is recompute", "depth is 0", "set depth to at least 1"],
+        ),
+        (
+            [*SERVER, "rollout.async.depth=1", "training.updates_per_rollout=2"],
+            ["rollout.async.depth", "set loss.rollout_is_cap"],
+        ),
+        ([*SERVER, "rollout.sleep=true"], ["sleep is true"]),
+        (
+            [*SERVER, "model.device=cpu", "rollout.server.transfer=nccl"],
+            ["transfer is nccl", "model.device is cpu", "to shared_memory"],
+        ),
+        ([*SERVER, *NAMED], ["adapters is named", "model.lora is unset", "to merged"]),
+        (
+            [*SERVER, *NAMED, "model.lora.rank=4", "model.train_vision=true"],
+            ["adapters is named", "beside train_vision"],
         ),
     ],
 )
@@ -283,3 +375,13 @@ def test_paths_mean_the_same_from_anywhere(path, tmp_path, monkeypatch):
     from recap_fast.data.sources import find_files
 
     assert find_files(pattern) == [here / "d" / "a.jsonl"]
+
+
+def test_a_keyword_of_python_is_a_key(path, tmp_path):
+    overrides = ["rollout.async={depth: 2, max_staleness: 3}", "loss.rollout_is_cap=2.0", *SERVER]
+    config = load_config(path, overrides)
+    assert config.rollout.asynchronous.depth == 2
+    assert config.rollout.asynchronous.staleness_bound == 3
+    save_config(config, tmp_path / "saved.yaml")
+    assert "async:" in (tmp_path / "saved.yaml").read_text()
+    assert load_config(tmp_path / "saved.yaml") == config

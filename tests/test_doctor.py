@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from recap_fast import doctor
 from recap_fast.doctor import Check, Result, attempt, remedies, run_doctor
+from tests.rollout.fake_server import FakeServer
 from tests.test_releases import fake_releases
 
 BY_NAME = {check.name: check for check in doctor.CHECKS}
@@ -235,3 +238,78 @@ def test_a_broken_loss_is_no_working_loss(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ops, "fused_linear_policy_loss", broken)
     assert not attempt(BY_NAME["loss: torch"]).works
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    found = FakeServer()
+    yield found
+    found.die()
+
+
+def test_a_server_that_strangers_reach_is_found(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = doctor.Check("server", partial(doctor._check_server, server.url))
+    result = doctor.attempt(check)
+    assert result.works
+    assert result.detail == "vllm 0.32.0, open to this host alone"
+    monkeypatch.setattr("recap_fast.rollout.server_command.is_loopback", lambda url: False)
+    result = doctor.attempt(check)
+    assert not result.works
+    assert "/is_paused" in result.detail
+    assert result.commands[0].startswith("export RECAP_FAST_SERVER_KEY=")
+
+
+def test_a_server_with_a_guard_wants_the_right_key(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = doctor.Check("server", partial(doctor._check_server, server.url))
+    server.key = "right"
+    monkeypatch.setenv("RECAP_FAST_SERVER_KEY", "wrong")
+    assert "does not take the key" in doctor.attempt(check).detail
+    monkeypatch.setenv("RECAP_FAST_SERVER_KEY", "right")
+    assert doctor.attempt(check).detail == "vllm 0.32.0, wants its key"
+
+
+def test_a_key_that_is_not_set_is_not_called_wrong(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "right"
+    monkeypatch.delenv("RECAP_FAST_SERVER_KEY", raising=False)
+    result = doctor.attempt(doctor.Check("server", partial(doctor._check_server, server.url)))
+    assert result.detail == "it wants a key, and RECAP_FAST_SERVER_KEY is not set here"
+    assert result.commands[0].startswith("export RECAP_FAST_SERVER_KEY=")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:9", "does not answer: "),
+        ("127.0.0.1:8000", "wanted http://host:port, got '127.0.0.1:8000'"),
+        ("localhost", "wanted http://host:port, got 'localhost'"),
+    ],
+)
+def test_a_server_that_is_not_there_is_a_finding(url: str, said: str) -> None:
+    result = doctor.attempt(doctor.Check("server", partial(doctor._check_server, url)))
+    assert not result.works
+    assert result.detail.startswith(said)
+
+
+def test_who_asks_about_servers_waits_for_no_other_check(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow() -> str:
+        raise AssertionError("it was run")
+
+    monkeypatch.setattr(doctor, "CHECKS", [Check("slow", slow, required=True)])
+    monkeypatch.delenv("RECAP_FAST_SERVER_KEY", raising=False)
+    output = io.StringIO()
+    assert run_doctor(Console(file=output, width=200), [server.url]) == 0
+    assert f"works  server {server.url}: vllm 0.32.0" in output.getvalue()
+    assert "Every server can be used." in output.getvalue()
+    server.key = "right"
+    output = io.StringIO()
+    assert run_doctor(Console(file=output, width=200), [server.url]) == 1
+    assert "Not every server can be used." in output.getvalue()
+    assert "it was run" not in output.getvalue()

@@ -28,7 +28,9 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S+/)?(?:recap-fast|make|python3?|bash|sh|pip) \S.*")
+COMMAND = re.compile(
+    r"(?:\w+=\S+ )*(?:\S+/)?(?:recap-fast|make|python3?|torchrun|bash|sh|pip) \S.*"
+)
 
 SMALL = (
     "--set training.steps=2 --set evaluation.every=0 --set data.batch_size=3 "
@@ -47,14 +49,20 @@ SHORTENED = {
     "python benchmarks/bench_step.py --steps 6": (
         "python benchmarks/bench_step.py --steps 1 --only 'recap-fast, transformers'"
     ),
-    # The shape of the figure in docs/training.md takes minutes.
+    # The shapes of the figures in docs/training.md take minutes.
     "python -m benchmarks.bench_update --rounds 0": (
         "python -m benchmarks.bench_update --rounds 0 --shapes small"
     ),
+    "python -m benchmarks.bench_lora": "python -m benchmarks.bench_lora --shapes small",
     # The small shape of one suite: `recap-fast bench`, all suites, takes minutes on shared cores.
     "recap-fast bench": "recap-fast bench advantages --rounds 1",
     'recap-fast bench -k "recap or GEMMs"': (
         'recap-fast bench logprobs -k "recap or GEMMs" --rounds 1'
+    ),
+    # The run of the page has two steps, too few to replay.
+    "recap-fast simulate my.yaml --trace runs/mine": (
+        "recap-fast train my.yaml --set run=runs/traced --set training.steps=7 && "
+        "recap-fast simulate my.yaml --trace runs/traced"
     ),
     # Of the three runs there is one, which `make train` made.
     "python benchmarks/summarise_runs.py runs/seed0 runs/seed1 runs/seed2": (
@@ -74,11 +82,16 @@ NOT_RUN = {
     "recap-fast reproduce digits --extended": HOURS,
     "recap-fast reproduce digits --large": GPU,
     "recap-fast reproduce text": HOURS,
+    "recap-fast reproduce text --replay 10 --seeds 3": HOURS,
+    "recap-fast reproduce replay": HOURS,
+    "recap-fast reproduce replay --budget 30": HOURS,
+    "recap-fast reproduce replay --quick": "takes minutes; .ci/run runs it",
     "python -m benchmarks.bench_update": "takes minutes; it is run with --rounds 0",
     "python benchmarks/bench_step.py": "is the same as with --steps",
     "recap-fast bench policy_loss --shapes cpu": HOURS,
     "recap-fast bench policy_loss logprobs": "takes minutes; another suite is run",
     "recap-fast bench --shapes cpu": HOURS,
+    "recap-fast bench integrations --shapes cpu": HOURS,
     "recap-fast bench --shapes gpu": GPU,
     "recap-fast bench --static": "takes minutes; tests/bench/test_static_analysis.py compiles all",
     "compute-sanitizer --tool racecheck python -m pytest -m gpu "
@@ -90,10 +103,48 @@ NOT_RUN = {
     "recap-fast bench policy_loss --shapes gpu -k recap": GPU,
     "WHEELS=wheels OUT=results bash benchmarks/on_gpu.sh": GPU,
     "PARTS=vision_step bash benchmarks/on_gpu.sh": GPU,
+    "PARTS=scaling bash benchmarks/on_gpu.sh": GPU,
+    "PARTS=transfer bash benchmarks/on_gpu.sh": GPU,
+    "python -m benchmarks.scaling --measure": "takes minutes; tests/bench/test_scaling.py runs it",
+    "python -m tools.soak --steps 40 --kills 8": "takes minutes; tests/test_soak.py runs fewer",
+    "python -m benchmarks.gradient_strength --steps 13 --every 3": "takes minutes of make train",
+    "python -m benchmarks.rollout_modes": "takes minutes; its runs are those of `make train`",
+    "python -m benchmarks.weight_changes": "tests/bench/test_weight_changes.py runs its steps",
+    "python -m benchmarks.checkpointing": "tests/bench/test_checkpointing.py runs it",
     "bash benchmarks/on_gpu.sh --rehearse": "takes minutes; tests/test_on_gpu.py runs it",
     "for s in 0 1 2; do recap-fast train examples/smollm2-cpu.yaml --set seed=$s "
     "--set run=runs/seed$s; done": "is `make train` three times",
+    "python -m verl.trainer.main_ppo data.train_files=train.parquet "
+    "actor_rollout_ref.model.path=Qwen/Qwen2.5-1.5B-Instruct "
+    "actor_rollout_ref.model.external_lib=recap_fast.integrations.verl "
+    "algorithm.adv_estimator=recap '+algorithm.recap.objectives=[accuracy,format]' "
+    "actor_rollout_ref.actor.policy_loss.loss_mode=recap "
+    "actor_rollout_ref.model.use_fused_kernels=True "
+    "actor_rollout_ref.model.fused_kernel_options.impl_backend=recap_fast": (
+        "needs a GPU; tests/integrations/test_verl_advantages.py has verl check its options"
+    ),
+    "NODES=2 NODE_RANK=0 HEAD=first-node RUN=/shared/run examples/cluster/train.sh my.yaml": (
+        "tests/test_cluster_examples.py runs it with two nodes of one process"
+    ),
+    "sbatch examples/cluster/slurm.sbatch my.yaml": "needs SLURM; its shell is tested",
+    "recap-fast simulate my.yaml --trace runs/mine --split 6:2 --check runs/other": (
+        "tests/simulate/test_command.py compares with another run"
+    ),
+    "recap-fast bench logprobs --shapes cpu": HOURS,
+    "recap-fast serve examples/smollm2-cpu.yaml --set rollout.engine=vllm_server --port 8000": (
+        "serves until it is ended; tests/test_server_training.py runs it and attaches to it"
+    ),
+    "recap-fast train examples/smollm2-cpu.yaml --set rollout.engine=vllm_server "
+    "--set 'rollout.server.urls=[http://127.0.0.1:8000]'": (
+        "needs that server; tests/test_server_training.py attaches to one"
+    ),
+    "torchrun --nproc-per-node 8 -m recap_fast train my.yaml": (
+        "tests/training/test_launch.py runs it with two processes"
+    ),
+    "recap-fast doctor --server http://127.0.0.1:8000": "needs that server; tests/test_doctor.py",
+    "pip install --no-deps recap-fast": "needs a package index",
     "pip install 'recap-fast[vllm]'": "needs a package index",
+    "pip install 'recap-fast[lora]'": "needs a package index",
     "pip install lm-eval": "needs a package index",
     'pip install -e ".[bench]"': "needs a package index",
     "pip install --no-index --no-deps --target": "is a part of a command, quoted to explain it",
@@ -221,7 +272,13 @@ def make_environment(folder: Path) -> None:
         f"#!{folder}/.venv/bin/python\nimport sys\nfrom recap_fast.cli import main\n"
         f'if __name__ == "__main__":\n    sys.exit(main())\n'  # reward workers import it
     )
-    command.chmod(0o755)
+    launcher = command.with_name("torchrun")
+    launcher.write_text(
+        f"#!{folder}/.venv/bin/python\nimport sys\nfrom torch.distributed.run import main\n"
+        f"sys.exit(main())\n"
+    )
+    for script in (command, launcher):
+        script.chmod(0o755)
 
 
 def write_config(folder: Path, steps: int) -> None:
@@ -237,8 +294,8 @@ def write_config(folder: Path, steps: int) -> None:
 
 def prepare(command: str, clone: Path) -> None:
     """Brings about what a command of the page starts from."""
-    if "--resume" in command:  # a run that was cut short
-        write_config(clone, steps=3)
+    if command.startswith("recap-fast train my.yaml"):
+        write_config(clone, steps=3 if "--resume" in command else 2)  # a run that was cut short
     elif "--report results.json" in command:  # results made elsewhere
         shutil.copy(clone / "runs" / "bench" / "results.json", clone)
 
@@ -249,8 +306,10 @@ def check_effect(command: str, clone: Path, output: str) -> None:
         check_run(clone / "runs" / "smollm2-cpu")
     elif command.startswith("recap-fast train my.yaml"):
         last = 3 if "--resume" in command else 2
-        assert read_metrics(clone / "runs" / "mine")[-1]["step"] == last
-        assert list((clone / "runs" / "mine" / "checkpoints").glob("step-*"))
+        run = clone / "runs" / ("lora" if "run=runs/lora" in command else "mine")
+        assert read_metrics(run)[-1]["step"] == last
+        weights = "adapter_model" if run.name == "lora" else "model"
+        assert list((run / "checkpoints").glob(f"step-*/{weights}.safetensors"))
     elif "--task" in command:
         assert "eval/my_task/acc\t" in output
     elif command.startswith("recap-fast eval"):
@@ -278,7 +337,9 @@ def check_run(run: Path) -> None:
 def test_command_does_what_is_printed(command, clone):
     prepare(command, clone)
     # As a user's shell, with the environment activated; pytest and make have added to this one.
-    dropped = re.compile(r"LD_PRELOAD|PYTHON|TRITON|VLLM_|TRANSFORMERS_|MAKE|MFLAGS|RECAP_FAST_PRE")
+    dropped = re.compile(
+        r"LD_PRELOAD|PYTHON|PYTEST|TRITON|VLLM_|TRANSFORMERS_|MAKE|MFLAGS|RECAP_FAST_PRE"
+    )
     environment = {k: v for k, v in os.environ.items() if not dropped.match(k)}
     environment["PATH"] = f"{clone / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(

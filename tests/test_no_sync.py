@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,15 +13,20 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from recap_fast.config import ReweightingConfig
+from recap_fast.config import ReweightingConfig, save_config
 from recap_fast.model.policy import Policy
+from recap_fast.report.metrics import read_metrics
+from recap_fast.reweighting.balance import GradientBalance
 from recap_fast.trainer import Trainer, _build_reweighter
 from recap_fast.training.optimization import PolicyOptimizer
 from recap_fast.training.packing import PackedUpdate
+from recap_fast.training.rollout_source import sampling_of
 from recap_fast.types import RewardTable
 from tests.no_sync import ForbidHostSync, HostSyncError
+from tests.processes import run_ranks
 from tests.tiny import save_tiny_model, tiny_config, tiny_llama
 
+RANKS = Path(__file__).with_name("no_sync_ranks.py")
 VALUES = torch.tensor([3.0, 1.0, 2.0])
 MASK = VALUES > 1.5
 SYNCING: dict[str, Callable[[], object]] = {
@@ -109,12 +115,12 @@ class Step:
         config = tiny_config(folder, model, "training.updates_per_rollout=2")
         self.trainer = Trainer(config)
         rows = self.trainer.stream.next_step()
-        rollouts = self.trainer.engine.generate(rows.prompts, self.trainer._sampling())
+        rollouts = self.trainer.engine.generate(rows.prompts, sampling_of(config, 0))
         random = np.random.default_rng(0).normal(size=(len(rollouts), 3))
         self.rewards = RewardTable(random.astype(np.float32))
         self.rewards.values[:, 2] = np.nan
-        advantages = self.trainer._advantages(rollouts, self.rewards)
-        self.updates: list[PackedUpdate] = self.trainer._pack(rows, rollouts, advantages)
+        advantages = self.trainer._advantages(rollouts, self.rewards.values)
+        self.updates: list[PackedUpdate] = self.trainer._pack(rows.supervised, rollouts, advantages)
         assert all(update.batches for update in self.updates)
 
     def on(self, device: torch.device, method: str) -> Trainer:
@@ -125,6 +131,7 @@ class Step:
         settings = ReweightingConfig(method=method, parameters=weights)  # type: ignore[arg-type]
         config = trainer.config.model_copy(update={"reweighting": settings})
         trainer.reweighter = _build_reweighter(config, device)
+        trainer.balance = GradientBalance(len(names), device)
         supervised = [objective.kind == "loss" for objective in config.objectives]
         trainer._is_supervised = torch.tensor(supervised, device=device)
         trainer._losses = torch.full((3,), torch.nan, device=device)
@@ -176,6 +183,28 @@ def test_nothing_is_copied_and_waited_for(
         stats = trainer._learn(step.updates, step.rewards, 1e-3)
     assert stats.grad_norm.device == meta
     assert all(p.grad is not None or p.device == meta for p in trainer.optimizer.parameters)
+
+
+@pytest.mark.slow
+def test_steps_of_two_processes_never_wait(tmp_path: Path) -> None:
+    """FSDP's collectives, the sums over processes and recomputed layers included, in two updates a
+    step of several passes each."""
+    model = save_tiny_model(tmp_path / "model", tied=False)
+    config = tiny_config(
+        tmp_path, model, "training.steps=1", "training.updates_per_rollout=2",
+        "training.max_tokens=600", "model.reference=initial", "loss.kl_coef=0.1",
+        "model.gradient_checkpointing=selective", "checkpoint.every=0", "evaluation.before=false",
+        "evaluation.after=false",
+    )  # fmt: skip
+    save_config(config, tmp_path / "full.yaml")
+    for rank in run_ranks(RANKS, 2, tmp_path, str(tmp_path / "full.yaml")):
+        assert rank["guarded"] == 2
+        assert rank["kind"] == "DTensor"
+        assert not rank["syncing"].pop("nothing")
+        assert len(rank["syncing"]) == 3
+        assert all(rank["syncing"].values())
+    rows = read_metrics(tmp_path / "run")
+    assert [row["grad_norm"] > 0 for row in rows] == [True]
 
 
 @pytest.mark.gpu

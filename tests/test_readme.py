@@ -34,10 +34,60 @@ def make_plan(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_python_example_runs():
-    (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+# What README's lines on TRL find in a user's program.
+BEFORE_TRL = """
+from datasets import Dataset
+from trl import GRPOConfig
+from tests.tiny import save_tiny_model
+
+model = str(save_tiny_model(folder))
+def accuracy(completions, **_): return [float("7" in text) for text in completions]
+def brevity(completions, **_): return [1 / (1 + len(text)) for text in completions]
+dataset = Dataset.from_dict({"prompt": ["3 + 4 = ", "5 + 2 = "]})
+args = GRPOConfig(
+    str(folder / "run"), max_steps=2, num_generations=4, per_device_train_batch_size=4,
+    max_completion_length=8, use_cpu=True, bf16=False, logging_steps=1, report_to="none",
+)
+"""
+AFTER_TRL = """
+logged = [entry for entry in trainer.state.log_history if "weight/accuracy" in entry]
+assert len(logged) == 2
+assert "weight/brevity" in logged[0]
+"""
+# Who imports the class afterwards gets ours, and it runs.
+AFTER_LIGER = """
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+loss, _ = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)(
+    torch.randn(2, 3, 8), torch.randn(17, 8, requires_grad=True),
+    torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3), torch.randn(2),
+)
+loss.backward()
+assert LigerFusedLinearGRPOLoss is FusedLinearGRPOLoss
+"""
+
+
+@pytest.mark.parametrize(
+    ("first_import", "before", "after"),
+    [
+        ("import torch", "", ""),
+        ("from recap_fast.integrations.trl ", BEFORE_TRL, AFTER_TRL),
+        ("import liger_kernel.chunked_loss ", "", AFTER_LIGER),
+    ],
+)
+def test_python_examples_run(tmp_path, first_import, before, after):
+    (code,) = [block for block in blocks("python") if block.startswith(first_import)]
+    start = f"import pathlib\nfolder = pathlib.Path({str(tmp_path)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + before + code + after],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_every_python_example_is_run():
+    assert len(blocks("python")) == 3
 
 
 def test_yaml_example_is_valid(tmp_path):

@@ -21,8 +21,9 @@ FLOORS = (
     {"data", "rollout", "report"},
     {"training"},
     {"trainer"},
-    {"reproduce", "bench", "integrations", "doctor"},
+    {"reproduce", "bench", "integrations", "simulate", "doctor", "serve"},
     {"cli"},
+    {"__main__"},
 )
 """A file imports its own room and rooms on floors below its own."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

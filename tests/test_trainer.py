@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from recap_fast.config import ConfigError, load_config
-from recap_fast.model.policy import ModelError
+from recap_fast.model.errors import ModelError
+from recap_fast.ops import combined_advantages, group_advantages
 from recap_fast.report.metrics import read_metrics
 from recap_fast.report.page import write_report
+from recap_fast.rollout.protocol import SamplingStoppedError
 from recap_fast.trainer import Trainer
 from recap_fast.training.checkpoint import CheckpointError, list_checkpoints
+from recap_fast.training.rollout_source import sampling_of
 from recap_fast.training.run_folder import lock_folder
 from recap_fast.types import UserError
 from tests.tiny import save_tiny_model, tiny_config
@@ -126,7 +130,7 @@ def test_run_folder_is_complete(finished):
 _KILLED = """
 import os, sys
 from recap_fast.config import load_config
-from recap_fast.model.policy import ModelError
+from recap_fast.model.errors import ModelError
 from recap_fast.training.run_folder import lock_folder
 from recap_fast.trainer import Trainer
 from recap_fast.types import UserError
@@ -141,6 +145,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_resume_after_kill_equals_an_unbroken_run(tmp_path, model):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     settings = ["training.steps=10", "checkpoint.every=5", "reweighting.parameters.window=2"]
@@ -164,16 +169,68 @@ def test_resume_after_kill_equals_an_unbroken_run(tmp_path, model):
     assert resumed == expected
 
 
+def test_balanced_weights_are_those_of_the_pulls_before_and_survive_a_stop(tmp_path, model):
+    settings = ["reweighting.balance=gradient", "reweighting.measure_gradients_every=2",
+                "training.steps=4"]  # fmt: skip
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    for folder in (whole, parts):
+        folder.mkdir()
+    train(tiny_config(whole, model, *settings))
+    expected = without_times(read_metrics(whole / "run"))
+    names = ["length", "vowels", "ntp"]
+    assert [expected[1][f"balance/{name}"] for name in names] == [1, 1, 1]
+    pulls = np.array([expected[1][f"gradient_norm/{name}"] for name in names])
+    factors = np.array([expected[2][f"balance/{name}"] for name in names])
+    assert (pulls > 0).all()  # or the factors below would not follow from them alone
+    np.testing.assert_allclose(factors, (1 / pulls) / (1 / pulls).mean(), rtol=1e-4)
+    measured = ["parameter_gradient_norm/ntp" in row for row in expected[1:]]
+    assert measured == [True, False, True, False]
+
+    # The learning rate's schedule is that of the whole run in both.
+    config = tiny_config(parts, model, *settings, "checkpoint.every=2")
+    trainer = Trainer(config)
+    save = trainer._start_saving
+    trainer._start_saving = lambda: None if trainer.step > 2 else save()
+    trainer.train()
+    trainer.close()
+    train(config, resume=True)
+    assert without_times(read_metrics(parts / "run")) == expected
+
+
 def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path, model):
     config = tiny_config(tmp_path, model, "training.steps=3", "checkpoint.every=2")
     trainer = Trainer(config)
-    trainer.save = lambda: None if trainer.step == 3 else Trainer.save(trainer)
+    start = trainer._start_saving
+    trainer._start_saving = lambda: None if trainer.step == 3 else start()
     trainer.train()
     trainer.close()
     assert read_metrics(tmp_path / "run")[-1]["step"] == 3
     before = without_times(read_metrics(tmp_path / "run"))
     train(config, resume=True)
     assert without_times(read_metrics(tmp_path / "run")) == before
+
+
+def test_adaptive_shares_and_reviews_go_on_to_the_bit(tmp_path, model):
+    settings = ["training.steps=8", "checkpoint.every=4", "data.batch_size=8",
+                "data.mixing=adaptive", "data.adaptive.most=4.0",
+                "data.review={rewards: [vowels], after: 1, share: 0.5, threshold: 0.12}",
+                "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
+    config = tiny_config(tmp_path, model, *settings)
+    train(config)
+    rows = without_times(read_metrics(tmp_path / "run"))
+    for row, before in zip(rows[1:], rows, strict=False):
+        assert row["mixing/sums"] + row["mixing/words"] == pytest.approx(1)
+        moved = row["mixing/words"] - before["mixing/words"]
+        pull = (row["weight/length"] + row["weight/vowels"]) / 2
+        assert moved * (row["weight/ntp"] - pull) >= 0 or abs(moved) < 0.01, "up with its weight"
+    assert len({row["mixing/words"] for row in rows}) > 4
+    assert sum(row["review/sums"] for row in rows) >= 4
+    assert {row["review_solved/sums"] for row in rows} > {None}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000008")
+    samples = (tmp_path / "run" / "samples.jsonl").read_text()
+    assert train(config, resume=True).step == 8
+    assert without_times(read_metrics(tmp_path / "run")) == rows
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == samples
 
 
 def test_resuming_a_finished_run_is_refused_unless_more_is_asked_for(finished, tmp_path):
@@ -215,6 +272,7 @@ def test_resume_with_other_objectives_is_refused(tmp_path, model):
         Trainer(other, resume=True)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(tmp_path, model):
     tiny_config(tmp_path, model)
     command = [sys.executable, "-m", "recap_fast.cli", "train", str(tmp_path / "tiny.yaml"),
@@ -272,6 +330,40 @@ def test_interrupted_step_gives_its_rows_back(tmp_path, model, when):
     assert without_times(read_metrics(tmp_path / "run")) == without_times(
         read_metrics(other / "run")
     )
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_stop_that_leaves_the_engine_without_weights_saves_the_step(tmp_path, model, last):
+    """Its servers are gone: neither the step nor, after the last one, an evaluation waits."""
+    config = tiny_config(tmp_path, model, "training.steps=3", "evaluation.before=false",
+                         "evaluation.after=true", "evaluation.every=0")  # fmt: skip
+    trainer = Trainer(config)
+    heeded = []
+    sync = trainer.engine.sync_weights
+
+    def give_up(*_, **__):
+        raise SamplingStoppedError("no server is there")
+
+    def sync_weights(weights, version):
+        if version < last:
+            return sync(weights, version)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heeded[-1] == [signal.SIGTERM]
+        trainer.engine.generate = give_up
+        return give_up()
+
+    trainer.engine.heed = heeded.append
+    trainer.engine.sync_weights = sync_weights
+    assert trainer.train() is (last == 3)
+    trainer.close()
+    assert trainer.step == last
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints[-1].name == f"step-{last:06d}"
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["step"] == last
+    assert not any(name.startswith("eval/") for name in rows[-1])
+    if last < 3:
+        assert train(config, resume=True).step == 3
 
 
 def test_absent_objectives_push_nothing(tmp_path, model):
@@ -363,7 +455,7 @@ def test_a_checkpoint_that_fails_is_tried_again_at_the_next_step(
 ):
     config = tiny_config(tmp_path, model, "evaluation.before=false", "evaluation.after=false")
     trainer = Trainer(config)
-    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("recap_fast.training.safetensors_writer.write_at", full_disk)
     log = trainer._log
 
     def free_the_disk_at_step_3(view, row):
@@ -383,8 +475,9 @@ def test_a_run_whose_last_checkpoint_fails_is_no_success(tmp_path, model, monkey
     config = tiny_config(tmp_path, model, "training.steps=1", "evaluation.before=false",
                          "evaluation.after=false")  # fmt: skip
     trainer = Trainer(config)
-    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
-    with pytest.raises(CheckpointError, match="step-000001: cannot be written: .*No space"):
+    monkeypatch.setattr("recap_fast.training.safetensors_writer.write_at", full_disk)
+    none = "step-000001: cannot be written: .*No space.*; there is no whole checkpoint, so"
+    with pytest.raises(CheckpointError, match=none):
         trainer.train()
     trainer.close()
 
@@ -397,7 +490,7 @@ def test_an_error_is_not_hidden_by_a_checkpoint_that_fails_too(tmp_path, model, 
         raise UserError("no evaluation today")
 
     monkeypatch.setattr("recap_fast.training.evaluate.Evaluator.run", fail)
-    monkeypatch.setattr("recap_fast.training.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("recap_fast.training.safetensors_writer.write_at", full_disk)
     with pytest.raises(UserError, match="today"):
         trainer.train()
     trainer.close()
@@ -482,7 +575,9 @@ def test_run_that_cannot_be_a_folder(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    "change", ["reweighting.method=dwa", "reweighting.parameters.window=2"], ids=str
+    "change",
+    ["reweighting.method=dwa", "reweighting.parameters.window=2", "reweighting.balance=gradient"],
+    ids=str,
 )
 def test_resume_with_another_reweighting_is_refused(finished, model, tmp_path, change):
     run = f"run={finished[0].run}"
@@ -496,12 +591,14 @@ def test_resume_with_another_reweighting_is_refused(finished, model, tmp_path, c
     "settings",
     [
         ["training.updates_per_rollout=2"],
+        ["training.updates_per_rollout=2", "loss.rollout_is_cap=2.0"],
         ["loss.kl_coef=0.05", "model.reference=initial"],
         ["loss.aggregation=sequence", "loss.loss_type=cispo", "loss.rollout_is_cap=2.0"],
         ["loss.ratio_level=sequence", "training.updates_per_rollout=2"],
         ["model.dtype=bfloat16", "rollout.dtype=float32", "rollout.max_logprob_diff=null"],
         ["model.gradient_checkpointing=true"],
         ["advantages.normalize=leave_one_out", "loss.entropy_coef=0.01"],
+        ["reweighting={method: uniform, advantages: gdpo}", "training.updates_per_rollout=2"],
         ["data.mixing={sums: 1}"],
         ["data.mixing={words: 1}"],
         ["training.max_tokens=540", "data.batch_size=12", "data.max_prompt_tokens=500"],
@@ -533,6 +630,37 @@ def test_every_reweighter_trains(tmp_path, model, method):
     assert np.mean(weights) == pytest.approx(1, abs=1e-5)
     if method == "static":
         assert weights == pytest.approx([0.5, 1.0, 1.5])
+
+
+@pytest.mark.parametrize("combination", ["group", "gdpo", "gd2po", "dvao"])
+def test_advantages_of_a_whole_step_are_combined(tmp_path, model, combination):
+    """With the weights of the method, before the step's groups are dealt to its updates; the
+    supervised objective has no part in it."""
+    config = tiny_config(
+        tmp_path, model, "training.updates_per_rollout=2", "reweighting.method=static",
+        "reweighting.parameters={weights: {length: 1, vowels: 2, ntp: 3}}",
+        f"reweighting.advantages={combination}",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    rows = trainer.stream.next_step()
+    rollouts = trainer.engine.generate(rows.prompts, sampling_of(config, 0))
+    rewards = np.random.default_rng(0).normal(size=(len(rollouts), 3)).astype(np.float32)
+    rewards[:, 2] = rewards[0, 1] = np.nan
+    groups = torch.tensor([rollout.group for rollout in rollouts])
+    table = torch.from_numpy(rewards)
+    if combination == "group":
+        wanted = group_advantages(table, groups)
+    else:
+        weights = torch.tensor([0.5, 1.0, 1.5])
+        wanted = combined_advantages(table, groups, weights, method=combination)
+    got = trainer._advantages(rollouts, rewards)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(rewards))
+    np.testing.assert_array_equal(got, np.where(np.isnan(rewards), np.nan, wanted.numpy()))
+    updates = trainer._pack(rows.supervised, rollouts, got)
+    dealt = torch.cat([update.advantages for update in updates])
+    assert (~dealt.isnan()).any(1).sum() == len(rollouts)
+    assert sorted(dealt[~dealt.isnan()].tolist()) == sorted(got[~np.isnan(got)].tolist())
+    trainer.close()
 
 
 @pytest.mark.parametrize(

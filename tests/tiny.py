@@ -28,15 +28,17 @@ from tests.vision_rows import vision_tokenizer, vision_tokens
 VOCAB = 331
 
 
-def tiny_llama(*, tied: bool = True, seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
-    """A two-layer Llama with grouped-query attention."""
+def tiny_llama(
+    *, tied: bool = True, seed: int = 0, vocab: int = VOCAB, layers: int = 2
+) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention."""
     attention.register()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -140,10 +142,10 @@ def image_tokens(image: ImageInput) -> list[int]:
     return [start, *[VISION_TOKENS["image_token_id"]] * count, end]
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, *, tied: bool = True) -> Path:
     """A model folder with random weights and a character tokenizer."""
     tokenizer = tiny_tokenizer()
-    model = tiny_llama(vocab=len(tokenizer))
+    model = tiny_llama(vocab=len(tokenizer), tied=tied)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

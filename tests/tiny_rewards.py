@@ -13,6 +13,11 @@ def vowels(sample: RewardSample) -> float:
     return sum(letter in "aeiou" for letter in sample.completion) / 8
 
 
+def even_only(sample: RewardSample) -> float:
+    """Tells completions apart where the answer is an even number, and nowhere else."""
+    return 1.0 if int(sample.answer) % 2 else len(set(sample.completion)) / 10
+
+
 def constant(sample: RewardSample) -> float:
     return 0.5
 

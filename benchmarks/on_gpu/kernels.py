@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.on_gpu.part import Context
@@ -14,21 +15,31 @@ DEADLINE = 480.0
 
 
 def run(context: Context) -> dict[str, Any]:
+    """`measure` of the suites of the kernels."""
+    suites = ("policy_loss", "reweighter") if context.rehearse else SUITES
+    # A rehearsal leaves out what takes seconds to compile or import.
+    return measure(context, "kernels", suites, "not compile and not TRL")
+
+
+def measure(context: Context, part: str, suites: Sequence[str], rehearsed: str) -> dict[str, Any]:
     """The median of each measurement in milliseconds, and how many were left out.
+
+    Args:
+        part: folder of its results, in `context.work`.
+        rehearsed: what a rehearsal runs of the suites, as pytest's -k.
 
     Raises:
         RuntimeError: an implementation of ours failed or gave a wrong result.
     """
     status = run_suites(
-        ("policy_loss", "reweighter") if context.rehearse else SUITES,
+        suites,
         shapes=context.shapes,
-        # A rehearsal leaves out what takes seconds to compile or import.
-        keyword="not compile and not TRL" if context.rehearse else None,
+        keyword=rehearsed if context.rehearse else None,
         rounds=2 if context.rehearse else 5,
         deadline=DEADLINE,
-        output=context.work / "kernels",
+        output=context.work / part,
     )
-    record = json.loads((context.work / "kernels" / RESULTS).read_text())
+    record = json.loads((context.work / part / RESULTS).read_text())
     found: dict[str, dict[str, float]] = {}
     for benchmark in record["benchmarks"]:
         extra = benchmark["extra_info"]

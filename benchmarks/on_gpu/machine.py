@@ -11,8 +11,8 @@ from benchmarks.on_gpu.part import Context
 NEEDED = ("torch", "numpy", "pydantic", "typer", "rich", "matplotlib", "transformers", "pytest",
           "pytest_benchmark", "pytest_timeout", "hypothesis", "triton", "safetensors", "yaml",
           "pebble")  # fmt: skip
-OPTIONAL = ("trl", "liger_kernel", "cut_cross_entropy", "quack", "cutlass", "verl", "vllm",
-            "flash_attn", "reasoning_gym", "math_verify", "sklearn")  # fmt: skip
+OPTIONAL = ("trl", "liger_kernel", "cut_cross_entropy", "quack", "cutlass", "unsloth_zoo", "verl",
+            "vllm", "flash_attn", "reasoning_gym", "math_verify", "sklearn")  # fmt: skip
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -22,8 +22,11 @@ from recap_fast.ops import (
     fused_linear_policy_loss,
     group_advantages,
     linear_logprobs,
+    linear_token_statistics,
     selective_logprobs,
 )
+from recap_fast.ops.adamw import adamw_8bit, adamw_bfloat16
+from recap_fast.ops.adamw_step import AdamWStep
 from recap_fast.ops.launch import Launch, recording
 from recap_fast.reweighting.recap import Deviation, RecapReweighter
 
@@ -79,6 +82,7 @@ def _operations() -> Iterator[tuple[str, Callable[[], Tensor | None], bool]]:
         yield f"group_advantages, {k} objectives", _advantages(k), True
     yield "reweighter, 4 objectives, window 10", _reweight(4, "window"), True
     yield "reweighter, 32 objectives, window 10, current mean", _reweight(32, "current"), True
+    yield "reweighter, 4 objectives, window 10, retention", _reweight(4, "window", 10.0), True
     half = torch.bfloat16
     in_bfloat16 = PolicyLossConfig(logits_dtype="bfloat16")
     everything: dict[str, Any] = {
@@ -99,12 +103,31 @@ def _operations() -> Iterator[tuple[str, Callable[[], Tensor | None], bool]]:
         True,
     )
     yield (
+        "policy loss, masked rollout weights, bfloat16 logits",
+        _policy(
+            half,
+            PolicyLossConfig(
+                rollout_is_cap=2.0,
+                rollout_is_min=0.5,
+                rollout_is_mode="mask",
+                logits_dtype="bfloat16",
+            ),
+            rollout_logprobs=torch.zeros(TOKENS),
+        ),
+        True,
+    )
+    yield (
         "policy loss, CISPO, softcap, bfloat16 logits",
         _policy(
             half,
             PolicyLossConfig(loss_type="cispo", logit_softcap=30.0, logits_dtype="bfloat16"),
             off_policy=True,
         ),
+        True,
+    )
+    yield (
+        "policy loss, importance weights and loss scale, float16 operands",
+        _policy(torch.float16, importance_weights=torch.ones(TOKENS), loss_scale=torch.ones(())),
         True,
     )
     yield "policy loss, 32 objectives, bfloat16 logits", _policy(half, in_bfloat16, k=32), True
@@ -115,9 +138,13 @@ def _operations() -> Iterator[tuple[str, Callable[[], Tensor | None], bool]]:
     )
     yield "linear_logprobs", _linear(half), True
     yield "linear_logprobs, softcap", _linear(half, logit_softcap=30.0), True
+    for softcap, name in ((None, ""), (30.0, ", softcap")):
+        yield f"linear_token_statistics{name}", _token_statistics(half, softcap), True
     for dtype in (half, torch.float32):
         yield f"selective_logprobs, {str(dtype)[6:]}", _selective(dtype, ALIGNED), True
     yield "selective_logprobs, unaligned rows, bfloat16", _selective(half, UNALIGNED), False
+    yield "AdamW, bfloat16 moments", _adamw_bfloat16, True
+    yield "AdamW, moments of 8 bits", _adamw_8bit, True
 
 
 def _policy(
@@ -127,13 +154,14 @@ def _policy(
     v: int = ALIGNED,
     k: int = 4,
     off_policy: bool = False,
+    **more: Tensor,
 ) -> Callable[[], None]:
     def run() -> None:
         hidden, weight = _head(dtype, v)
-        options: dict[str, Tensor] = {}
+        options: dict[str, Any] = dict(more)
         if off_policy:
             names = ("old_logprobs", "ref_logprobs", "rollout_logprobs")
-            options = {name: torch.zeros(TOKENS) for name in names}
+            options |= {name: torch.zeros(TOKENS) for name in names}
         fused_linear_policy_loss(
             hidden,
             weight,
@@ -162,6 +190,16 @@ def _linear(dtype: torch.dtype, **options: Any) -> Callable[[], Tensor]:
     return run
 
 
+def _token_statistics(dtype: torch.dtype, softcap: float | None) -> Callable[[], None]:
+    def run() -> None:  # its backward kernel is that of `linear_logprobs`
+        targets = torch.zeros(TOKENS, dtype=torch.int64)
+        linear_token_statistics(
+            *_head(dtype, ALIGNED), targets, logit_softcap=softcap, impl="triton"
+        )
+
+    return run
+
+
 def _selective(dtype: torch.dtype, v: int) -> Callable[[], Tensor]:
     def run() -> Tensor:
         logits = torch.empty(TOKENS, v, dtype=dtype, requires_grad=True)
@@ -180,13 +218,33 @@ def _advantages(k: int) -> Callable[[], None]:
     return run
 
 
-def _reweight(k: int, std: Deviation) -> Callable[[], None]:
+def _reweight(k: int, std: Deviation, retention: float = 0.0) -> Callable[[], None]:
     def run() -> None:
-        reweighter = RecapReweighter(k, std=std)
+        reweighter = RecapReweighter(k, std=std, retention=retention)
         reweighter._in_one_launch = True  # as on CUDA
         reweighter.update(torch.zeros(k), torch.ones(k, dtype=torch.bool))
 
     return run
+
+
+def _adamw_bfloat16() -> None:
+    first, second = (torch.empty(SEQUENCES, dtype=torch.bfloat16) for _ in range(2))
+    adamw_bfloat16(
+        torch.empty(SEQUENCES), torch.empty(SEQUENCES), first, second,
+        torch.ones(()), _adamw_step(), key=0, impl="triton",
+    )  # fmt: skip
+
+
+def _adamw_8bit() -> None:
+    codes, scale = torch.empty(SEQUENCES, 256, dtype=torch.uint8), torch.empty(SEQUENCES, 1)
+    adamw_8bit(
+        torch.empty(SEQUENCES, 256), torch.empty(SEQUENCES, 256), codes, scale, codes, scale,
+        torch.ones(()), _adamw_step(), impl="triton",
+    )  # fmt: skip
+
+
+def _adamw_step() -> AdamWStep:
+    return AdamWStep(1e-6, 0.9, 0.999, 1e-8, 0.01, torch.ones(()), torch.zeros(()))
 
 
 def _head(dtype: torch.dtype, v: int) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,11 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             reply = pickle.dumps(Reply(_answer(request)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 (generators raise anything)
             reply = pickle.dumps(Reply(None, describe(error)))
-        replies.write(reply)
-        replies.flush()
+        try:
+            replies.write(reply)
+            replies.flush()
+        except BrokenPipeError:  # nobody waits for it any more
+            return
 
 
 def describe(error: BaseException) -> str:

@@ -97,6 +97,8 @@ class _Generator:
             [sys.executable, "-c", "from recap_fast.data.gym_process import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # Spared what ends the trainer's group: the step in flight has rows to draw yet.
+            start_new_session=True,
             env={
                 **os.environ,
                 "PYTHONHASHSEED": "0",

@@ -1,28 +1,29 @@
 """The mix of all sources: an endless, resumable stream of steps.
 
-The order is a pure function of the seed and the cursor. Every source walks through a new
-permutation of its rows in each epoch. Rows are read, templated and tokenised, and their images
+The order is a pure function of the seed and the cursor, and of what `follow` was told where shares
+are adaptive or solved prompts reviewed. Every source walks through a new permutation of its rows in
+each epoch. Rows are read, templated and tokenised, and their images
 decoded and resized, as they are drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from recap_fast.config import DataConfig
 from recap_fast.data.images import ImageEncoder
 from recap_fast.data.prompts import ChatRenderer
+from recap_fast.data.review import ReviewQueue
 from recap_fast.data.row_columns import DataError, nearest
+from recap_fast.data.shares import AdaptiveShares, allocate, mixing_shares
 from recap_fast.data.source_stream import SourceStream
-from recap_fast.types import Prompt, StepRows, SupervisedRow
+from recap_fast.types import Prompt, StepFeedback, StepRows, SupervisedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataError", "DataStream", "allocate", "mixing_shares"]
+__all__ = ["DataError", "DataStream"]
 
 
 class DataStream:
@@ -60,6 +61,21 @@ class DataStream:
         self._shares = mixing_shares(
             config, {name: source.num_training_rows for name, source in self._sources.items()}
         )
+        self._adaptive: AdaptiveShares | None = None
+        if config.mixing == "adaptive":
+            self._adaptive = AdaptiveShares(
+                self._shares, config.adaptive.most, [one.objectives for one in config.sources]
+            )
+        self._reviews: dict[str, ReviewQueue] = {}
+        if config.review is not None:
+            judging = set(config.review.rewards)
+            self._reviews = {
+                source.name: ReviewQueue(config.review)
+                for source in config.sources
+                if judging.intersection(source.rewards)
+            }
+        self._step = 0  # of the next rows
+        self._reviewed: dict[str, list[bool]] = {name: [] for name in self._reviews}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -87,17 +103,73 @@ class DataStream:
             DataError: a malformed row, a source with no usable row, or one that skipped more
                 than `max_skipped_fraction` of its rows.
         """
-        drawn = [source.drawn for source in self._sources.values()]
-        counts = allocate(self._shares, drawn, self._batch_size)
         step = StepRows(prompts=[], supervised=[])
-        for source, count in zip(self._sources.values(), counts, strict=True):
-            for _ in range(count):
-                row = source.draw()
+        for name, count in zip(self._sources, self._allocate(), strict=True):
+            for row in self._draw(name, count):
                 if isinstance(row, Prompt):
                     step.prompts.append(row)
                 else:
                     step.supervised.append(row)
+        self._step += 1
         return step
+
+    def _allocate(self) -> list[int]:
+        if self._adaptive is not None:
+            return self._adaptive.allocate(self._batch_size)
+        drawn = [source.drawn for source in self._sources.values()]
+        return allocate(self._shares, drawn, self._batch_size)
+
+    def _draw(self, name: str, count: int) -> Iterator[Prompt | SupervisedRow]:
+        """Rows of a source: those that are reviewed first."""
+        source, queue = self._sources[name], self._reviews.get(name)
+        for number in [] if queue is None else queue.take(count, self._step):
+            assert queue is not None
+            row = source.draw_again(number)
+            if row is None:
+                queue.forget(number)
+                continue
+            count -= 1
+            yield row
+        for _ in range(count):
+            yield source.draw()
+
+    def follow(self, feedback: StepFeedback) -> None:
+        """Sets the mix of the rows to come by what a step gave, where it depends on it.
+
+        Every process of a run tells its stream the same at the same place between its draws.
+        """
+        if self._adaptive is not None:
+            self._adaptive.follow(feedback.weights)
+        self._reviewed = {name: [] for name in self._reviews}
+        for name, row, is_solved in feedback.groups:
+            if name in self._reviews and self._reviews[name].report(row, is_solved, self._step):
+                self._reviewed[name].append(is_solved)
+
+    @property
+    def mix_metrics(self) -> dict[str, float]:
+        """Shares of the rows to come where they are adaptive, and what became of the prompts that
+        the last step reviewed: how many, and the share of them that was solved again."""
+        metrics: dict[str, float] = {}
+        if self._adaptive is not None:
+            shares = zip(self._sources, self._adaptive.shares, strict=True)
+            metrics |= {f"mixing/{name}": share for name, share in shares}
+        for name, solved in self._reviewed.items():
+            metrics[f"review/{name}"] = len(solved)
+            kept = sum(solved) / len(solved) if solved else float("nan")
+            metrics[f"review_solved/{name}"] = kept
+        return metrics
+
+    def refill(self, sources: Sequence[str]) -> list[Prompt]:
+        """Draws another prompt for each one that was dropped from a step, given by its source.
+
+        They do not count in the mix, which is that of the rows that are kept: neither this step's
+        nor a later one's shares change.
+
+        Raises:
+            DataError: as `next_step`.
+        """
+        drawn = [self._sources[name].draw(counts=False) for name in sources]
+        return [row for row in drawn if isinstance(row, Prompt)]
 
     def held_out(self, source_name: str) -> list[Prompt] | list[SupervisedRow]:
         """The rows of a source that are kept out of training: prompts of an rl source,
@@ -113,11 +185,17 @@ class DataStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, as a JSON-able dict."""
-        return {
+        state: dict[str, Any] = {
             "seed": self._seed,
             "shares": list(self._shares),
             "sources": {name: source.state_dict() for name, source in self._sources.items()},
         }
+        if self._adaptive is not None:
+            state["adaptive"] = self._adaptive.state_dict()
+        if self._reviews:
+            queues = {name: queue.state_dict() for name, queue in self._reviews.items()}
+            state["review"] = {"step": self._step, "queues": queues}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
@@ -136,6 +214,13 @@ class DataStream:
                 f"the checkpoint's data cursor has shares {state['shares']}, this run has "
                 f"{ours['shares']}: resume with the data section the run was started with"
             )
+        for key, setting in (("adaptive", "data.mixing: adaptive"), ("review", "data.review")):
+            if (key in state) != (key in ours):
+                had, has = ("had", "has not") if key in state else ("had not", "has")
+                raise DataError(
+                    f"the run of the checkpoint's data cursor {had} {setting}, and this one {has}: "
+                    f"resume with the data section the run was started with"
+                )
         theirs = {name: cursor["rows"] for name, cursor in state["sources"].items()}
         sizes = {name: cursor["rows"] for name, cursor in ours["sources"].items()}
         if theirs != sizes:
@@ -145,48 +230,9 @@ class DataStream:
             )
         for name, source in self._sources.items():
             source.load_state_dict(state["sources"][name])
-
-
-def mixing_shares(config: DataConfig, sizes: Mapping[str, int]) -> list[float]:
-    """Share of every source in a step's rows, in the order of `config.sources`; they add up to 1.
-
-    "uniform" gives all sources the same, "proportional" goes by their training rows (the paper's
-    PropMix), "coreset" gives the replay sources together half the rows of the others, equally
-    within each of the two (the paper's Coreset). Explicit ratios are normalised; sources that they
-    leave out get nothing.
-    """
-    sources = config.sources
-    if isinstance(config.mixing, dict):
-        ratios = [config.mixing.get(source.name, 0.0) for source in sources]
-    elif config.mixing == "proportional":
-        ratios = [float(sizes[source.name]) for source in sources]
-    elif config.mixing == "coreset":
-        num_replay = sum(source.is_replay for source in sources)
-        replay, others = 1 / max(num_replay, 1), 2 / max(len(sources) - num_replay, 1)
-        ratios = [replay if source.is_replay else others for source in sources]
-    else:
-        ratios = [1.0] * len(sources)
-    return [ratio / sum(ratios) for ratio in ratios]
-
-
-def allocate(shares: Sequence[float], drawn: Sequence[int], batch_size: int) -> list[int]:
-    """How many of the next `batch_size` rows each source gives.
-
-    Row by row, the source that is furthest behind its share of all rows so far is next; the first
-    of them on a tie. Random draws would give the same shares on average, but a different mix in
-    every step, and that noise would reach the objectives' windows and pass there for instability.
-
-    Args:
-        shares: they add up to 1.
-        drawn: rows that each source has given before.
-    """
-    counts = [0] * len(shares)
-    total = sum(drawn)
-    for _ in range(batch_size):
-        total += 1
-        deficits = [
-            share * total - before - now if share else -np.inf
-            for share, before, now in zip(shares, drawn, counts, strict=True)
-        ]
-        counts[int(np.argmax(deficits))] += 1
-    return counts
+        if self._adaptive is not None:
+            self._adaptive.load_state_dict(state["adaptive"])
+        if self._reviews:
+            self._step = state["review"]["step"]
+            for name, queue in self._reviews.items():
+                queue.load_state_dict(state["review"]["queues"][name])

@@ -147,8 +147,8 @@ class SourceStream:
             )
         return rows
 
-    def draw(self) -> Prompt | SupervisedRow:
-        """The next usable row of the endless stream."""
+    def draw(self, *, counts: bool = True) -> Prompt | SupervisedRow:
+        """The next usable row of the endless stream, which `drawn` counts or not."""
         for _ in range(2 * len(self._rows)):  # at least one whole epoch from any position
             row = self._next_row()
             if row in self._held_out_rows:
@@ -158,7 +158,7 @@ class SourceStream:
                 continue
             built = self._build(entry, row)
             if built is not None:
-                self.drawn += 1
+                self.drawn += counts
                 return built
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
         raise DataError(
@@ -166,6 +166,13 @@ class SourceStream:
             f"questions all equal held-out ones, or were skipped ({reasons or 'none'})"
             f"{self._first_text()}"
         )
+
+    def draw_again(self, row: int) -> Prompt | SupervisedRow | None:
+        """A row that was drawn before, which `drawn` counts and the order does not; None where it
+        cannot be used any more."""
+        built = self._build(self._rows[row], row)
+        self.drawn += built is not None
+        return built
 
     def state_dict(self) -> dict[str, Any]:
         return {

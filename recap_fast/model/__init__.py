@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from recap_fast.lazy import hand_on
 
 if TYPE_CHECKING:
-    from recap_fast.model.policy import Policy, load_policy, load_tokenizer, resolve_model
+    from recap_fast.model.model_path import resolve_model
+    from recap_fast.model.policy import Policy, load_policy, load_tokenizer
 
 __all__ = [
     "Policy",
@@ -25,6 +26,6 @@ __getattr__ = hand_on(
         "Policy": "policy",
         "load_policy": "policy",
         "load_tokenizer": "policy",
-        "resolve_model": "policy",
+        "resolve_model": "model_path",
     },
 )

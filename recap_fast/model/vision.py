@@ -11,7 +11,7 @@ merged by merge_size^2), H hidden size of the text model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MethodType
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recap_fast.model.attention import SDPA, Backend, build_layout
 from recap_fast.model.attention_layout import AttentionLayout, Segment
+from recap_fast.model.sharding import inside
 from recap_fast.model.upload import upload
 from recap_fast.types import ImageInput, UserError
 
@@ -113,6 +114,17 @@ class VisionAdapter:
         """The vision tower with its merger: what `model.train_vision` freezes or trains."""
         tower: nn.Module = self._tower
         return tower
+
+    @property
+    def token_cost(self) -> float:
+        """What the tower takes for an image token, in passes of a token through the text model's
+        layers: by their parameters, of which it has those of its blocks for each patch. A frozen
+        tower has no backward pass, which takes twice the forward pass."""
+        tower = list(self._tower.parameters())
+        blocks = _num_parameters(self._tower.blocks.parameters())
+        products = self.merge_size**2 * blocks + _num_parameters(tower) - blocks
+        passes = 3 if any(parameter.requires_grad for parameter in tower) else 1
+        return passes * products / (3 * _num_parameters(self._text.layers.parameters()))
 
     def num_tokens(self, image: ImageInput) -> int:
         """Image tokens by which an image stands in its row."""
@@ -277,10 +289,19 @@ class VisionAdapter:
             input_ids: [R, L] int64.
             arguments: for the text model.
         """
-        output = self._text(**self.embed(input_ids, images), **arguments)
-        head = self._model.get_output_embeddings()
-        result: Tensor = head(output.last_hidden_state[:, -logits_to_keep:])
+
+        def run() -> Tensor:
+            output = self._text(**self.embed(input_ids, images), **arguments)
+            head = self._model.get_output_embeddings()
+            logits: Tensor = head(output.last_hidden_state[:, -logits_to_keep:])
+            return logits
+
+        result: Tensor = inside(self._model, run)
         return result
+
+
+def _num_parameters(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _counted(runs: Sequence[int]) -> str:

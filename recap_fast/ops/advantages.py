@@ -92,21 +92,21 @@ def normalized_advantages(
     present = ~rewards.isnan()
     # In float64 a sum does not depend, after rounding, on the order in which a GPU adds.
     values = rewards.double()
-    group = _dense_ids(group_ids)
-    count = _group_sum(present.double(), group)
-    mean = _group_sum(values.where(present, 0.0), group) / count
+    group = dense_ids(group_ids)
+    count = group_sum(present.double(), group)
+    mean = group_sum(values.where(present, 0.0), group) / count
     varies = present & (_group_extreme(values, present, group, "amax") > values)
     varies |= present & (_group_extreme(values, present, group, "amin") < values)
     centred = (values - mean).where(varies, 0.0)
     if normalize == "std":
-        variance = _group_sum(centred.square(), group) / (count - 1).clamp(min=1)
+        variance = group_sum(centred.square(), group) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
     elif normalize == "leave_one_out":
         centred = centred * count / (count - 1).clamp(min=1)
     return centred.where(varies, 0.0).to(statistics_dtype(rewards.dtype))
 
 
-def _dense_ids(group_ids: Tensor) -> Tensor:
+def dense_ids(group_ids: Tensor) -> Tensor:
     """Number the groups 0, 1, ... without learning on the host how many there are. [S] int64."""
     ordered, order = group_ids.long().sort(stable=True)
     starts = torch.ones_like(ordered)
@@ -114,7 +114,7 @@ def _dense_ids(group_ids: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, starts.cumsum(0) - 1)
 
 
-def _group_sum(values: Tensor, group: Tensor) -> Tensor:
+def group_sum(values: Tensor, group: Tensor) -> Tensor:
     """[S, K]: for each row the sum over the rows of its group."""
     return torch.zeros_like(values).index_add_(0, group, values).index_select(0, group)
 

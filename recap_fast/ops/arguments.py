@@ -38,9 +38,11 @@ class LossArguments:
     old_logprobs: Tensor | None  # [N]
     ref_logprobs: Tensor | None  # [N]
     rollout_logprobs: Tensor | None  # [N]
+    importance_weights: Tensor | None  # [N]
     bias: Tensor | None  # [V]
     denominators: Tensor | None  # [K]
     kl_denominator: Tensor | float | None  # []
+    loss_scale: Tensor | None  # []
     weight_grad: Tensor | None  # [V, H]
 
     def check(self, config: PolicyLossConfig) -> None:
@@ -57,12 +59,19 @@ class LossArguments:
         elif not isinstance(self.kl_denominator, (int, float, type(None))):
             got = type(self.kl_denominator).__name__
             raise ValueError(f"kl_denominator: wanted a number or a tensor of shape [], got {got}")
+        if self.loss_scale is not None:
+            check_tensor("loss_scale", self.loss_scale, [], FULL_DTYPES, device)
         self._check_weight_grad()
         if config.kl_coef != 0 and self.ref_logprobs is None:
             raise ValueError(f"kl_coef={config.kl_coef}: wanted ref_logprobs [N], got None")
         if config.rollout_is_cap is not None and self.rollout_logprobs is None:
             cap = config.rollout_is_cap
             raise ValueError(f"rollout_is_cap={cap}: wanted rollout_logprobs [N], got None")
+        if config.rollout_is_cap is not None and self.importance_weights is not None:
+            cap = config.rollout_is_cap
+            raise ValueError(
+                f"importance_weights: wanted None beside rollout_is_cap={cap}, got a tensor"
+            )
 
     @property
     def num_objectives(self) -> int:
@@ -99,6 +108,8 @@ class LossArguments:
     def _check_weight_grad(self) -> None:
         if self.weight_grad is None:
             return
+        if self.loss_scale is not None:  # the buffer would get the scaled gradient
+            raise ValueError("weight_grad: wanted None beside loss_scale, got a tensor")
         shape = [("V", self.weight.shape[0]), ("H", self.weight.shape[1])]
         full = (statistics_dtype(self.hidden.dtype),)
         grad = check_tensor("weight_grad", self.weight_grad, shape, full, self.hidden.device)
@@ -130,6 +141,6 @@ class LossArguments:
             check_tensor(
                 "token_objectives", self.token_objectives, [("N", n)], INTEGER_DTYPES, device
             )
-        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "importance_weights"):
             if (value := getattr(self, name)) is not None:
                 check_tensor(name, value, [("N", n)], FULL_DTYPES, device)

@@ -19,16 +19,18 @@ def attach_gradients(
     d_hidden: Tensor,
     d_weight: Tensor,
     d_bias: Tensor,
+    loss_scale: Tensor | None,
 ) -> Tensor:
     """The loss [], whose backward gives d_hidden, d_weight and d_bias times the loss's gradient.
 
-    An empty gradient is none. The gradients are used up by backward, unless the graph is kept.
+    They are gradients of the loss times `loss_scale` [], by which backward divides. An empty
+    gradient is none. The gradients are used up by backward, unless the graph is kept.
     """
     return loss.clone()
 
 
 @attach_gradients.register_fake
-def _(loss: Tensor, *others: Tensor) -> Tensor:
+def _(loss: Tensor, *others: Tensor | None) -> Tensor:
     return torch.empty_like(loss)
 
 
@@ -40,9 +42,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward("fused_linear_policy_loss")
     # A compiled backward may not write to what it was given; it finds its own place for results.
     keep = torch.compiler.is_compiling() or graph_is_kept()
-    gradients = [none_if_empty(gradient) for gradient in ctx.saved_tensors]
-    scaled = [None if g is None else _scaled(g, grad_output, keep) for g in gradients]
-    return (None, *scaled, None, None, None)
+    *saved, loss_scale = ctx.saved_tensors
+    # Exactly 1 where the loss was multiplied by the same scale.
+    factor = grad_output if loss_scale is None else grad_output / loss_scale
+    gradients = [none_if_empty(gradient) for gradient in saved]
+    scaled = [None if g is None else _scaled(g, factor, keep) for g in gradients]
+    return (None, *scaled, None, None, None, None)
 
 
 attach_gradients.register_autograd(_backward, setup_context=_save)

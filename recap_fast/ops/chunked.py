@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recap_fast.ops._autograd import empty_if_none
 from recap_fast.ops._validate import statistics_dtype
-from recap_fast.ops.rows import RowGradient, RowPass, blocks
+from recap_fast.ops.rows import Diagnostics, RowGradient, RowPass, blocks
 
 CHUNK_ELEMENTS = {"cpu": 37_800_000, "cuda": 625_000_000}
 """Logits of a chunk, whatever N is. Each chunk adds its dW to a float32 sum, a read and a write of
@@ -46,7 +46,7 @@ class Head:
     temperature: float
     softcap: float | None
     bfloat16_logits: bool
-    parameter_dtype: torch.dtype  # what the weight was cast from, and its gradient is cast to
+    gradient_dtype: torch.dtype  # what the weight's gradient is cast to
 
     @property
     def gemm_dtype(self) -> torch.dtype:
@@ -58,7 +58,7 @@ class Head:
 
     def weight_sum_dtype(self, chunks: int) -> torch.dtype:
         """In what dtype the weight's gradient is summed over chunks."""
-        is_half = self.hidden.dtype == self.parameter_dtype == torch.bfloat16
+        is_half = self.hidden.dtype == self.gradient_dtype == torch.bfloat16
         if is_half and self.hidden.device.type == "cpu" and chunks <= HALF_SUM_CHUNKS:
             return torch.bfloat16
         return statistics_dtype(self.hidden.dtype)
@@ -76,13 +76,18 @@ class Wanted:
         return self.hidden or self.weight or self.bias
 
     def fake_gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `Swept.gradients` gives, by shape and dtype only."""
         bias = weight if bias is None else bias
+        dtype = weight_dtype or weight.dtype
         return (
             hidden.new_empty(hidden.shape if self.hidden else 0),
-            weight.new_empty(weight.shape if self.weight else 0),
+            weight.new_empty(weight.shape if self.weight else 0, dtype=dtype),
             bias.new_empty(bias.shape if self.bias else 0),
         )
 
@@ -98,13 +103,18 @@ class Swept:
     d_bias: Tensor | None  # [V], in the statistics' dtype
 
     def gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the operands in their dtypes; empty where there is none, for operators."""
+        """Those of the operands in their dtypes, the weight's in `weight_dtype` if that is given;
+        empty where there is none, for operators."""
         bias = weight if bias is None else bias
         return (
             empty_if_none(self.d_hidden, hidden),
-            empty_if_none(self.d_weight, weight).to(weight.dtype),
+            empty_if_none(self.d_weight, weight).to(weight_dtype or weight.dtype),
             empty_if_none(self.d_bias, bias).to(bias.dtype),
         )
 
@@ -136,6 +146,7 @@ def make_head(
     temperature: float,
     softcap: float | None,
     logits_dtype: str = "float32",
+    weight_grad_dtype: torch.dtype | None = None,
 ) -> Head:
     """Bring weight and bias to hidden's dtype: fp32 master weights are cast once a call.
 
@@ -149,7 +160,7 @@ def make_head(
         temperature=temperature,
         softcap=softcap,
         bfloat16_logits=logits_dtype == "bfloat16" and hidden.dtype != torch.float64,
-        parameter_dtype=weight.dtype,
+        gradient_dtype=weight_grad_dtype or weight.dtype,
     )
 
 
@@ -165,17 +176,28 @@ class RowStage(Protocol):
 
 
 class HeadStage(RowStage, Protocol):
-    """A stage made of the head and of how the loss depends on each row."""
+    """A stage made of the head, and of how the loss depends on each row or of more to find out."""
 
-    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None: ...
+    def __init__(
+        self,
+        head: Head,
+        row_gradient: RowGradient | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> None: ...
 
 
 class TorchRows:
     """`HeadStage` of torch operations."""
 
-    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        row_gradient: RowGradient | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> None:
         self._head = head
         self._row_gradient = row_gradient
+        self._diagnostics = diagnostics
         self._pass: RowPass | None = None
 
     def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
@@ -190,6 +212,7 @@ class TorchRows:
                 at,
                 None if gradient is None else self._row_gradient,
                 None if gradient is None else gradient[block],
+                None if self._diagnostics is None else self._diagnostics[at],
             )
 
 

@@ -1,4 +1,4 @@
-"""Log-probs and entropies of given targets.
+"""Log-probs and entropies of given targets, and more statistics of their distributions.
 
 Shapes: N tokens, H hidden, V vocabulary.
 """
@@ -21,8 +21,10 @@ from recap_fast.ops._validate import (
     resolve_impl,
     statistics_dtype,
 )
+from recap_fast.ops.autocast import follow_autocast
 from recap_fast.ops.chunked import HeadStage, TorchRows, Wanted, make_head, sweep
-from recap_fast.ops.rows import RowGradient, RowPass, blocks
+from recap_fast.ops.output import TokenStatistics
+from recap_fast.ops.rows import Diagnostics, RowGradient, RowPass, blocks
 
 
 def linear_logprobs(
@@ -41,7 +43,8 @@ def linear_logprobs(
 
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64; already predicts `targets`. Its dtype
-            is that of the GEMMs; weight and bias are cast to it.
+            is that of the GEMMs; weight and bias are cast to it. Under torch.autocast it is cast
+            first, as torch.nn.functional.linear casts it.
         weight: [V, H].
         targets: [N] int64; -100 is ignored.
         bias: [V].
@@ -59,9 +62,7 @@ def linear_logprobs(
         ValueError: a wrong shape, dtype, device or number, or impl="triton" where it cannot run.
         RuntimeError: double backward; impl="reference" has it.
     """
-    hidden, weight, targets, bias = check_head(hidden, weight, targets, bias)
-    check_scale(temperature, logit_softcap)
-    chosen = resolve_impl(impl, hidden.device, hidden.dtype)
+    hidden, chosen = _checked(hidden, weight, targets, bias, temperature, logit_softcap, impl)
     if chosen == "reference":
         return reference.linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=logit_softcap
@@ -70,6 +71,46 @@ def linear_logprobs(
         hidden, weight, bias, targets, temperature, logit_softcap, chosen
     )
     return logprobs, entropy
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    impl: str = "auto",
+) -> TokenStatistics:
+    """`linear_logprobs`, and what else the same pass over the logits can tell without a gradient.
+
+    The GEMMs and the memory are those of `linear_logprobs`, and so are all arguments and errors.
+
+    Args:
+        hidden: [N, H] float32, bfloat16, float16 or float64; follows torch.autocast.
+        weight: [V, H].
+        targets: [N] int64; -100 is ignored.
+        bias: [V].
+        temperature: divides the logits, after the softcap.
+        logit_softcap: logits become cap * tanh(logits / cap).
+        impl: "triton", "torch", "reference" or "auto".
+
+    Returns:
+        TokenStatistics: five tensors [N]; logprobs and entropy are differentiable once.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number, or impl="triton" where it cannot run.
+        RuntimeError: double backward; impl="reference" has it.
+    """
+    hidden, chosen = _checked(hidden, weight, targets, bias, temperature, logit_softcap, impl)
+    if chosen == "reference":
+        return reference.linear_token_statistics(
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=logit_softcap
+        )
+    return TokenStatistics(
+        *_linear_token_statistics(hidden, weight, bias, targets, temperature, logit_softcap, chosen)
+    )
 
 
 def selective_logprobs(
@@ -106,6 +147,22 @@ def selective_logprobs(
     return logprobs, entropy
 
 
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, str]:
+    """Hidden as the GEMMs take it, and the implementation to run, after all checks."""
+    check_head(hidden, weight, targets, bias)
+    check_scale(temperature, logit_softcap)
+    hidden = follow_autocast(hidden)
+    return hidden, resolve_impl(impl, hidden.device, hidden.dtype)
+
+
 _OPERANDS = """
     Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap,
     str impl"""
@@ -123,6 +180,35 @@ def _linear_logprobs(*operands: Any) -> tuple[Tensor, Tensor]:
 @_linear_logprobs.register_fake
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _new_statistics(hidden)
+
+
+@torch.library.custom_op(
+    "recap_fast::linear_token_statistics",
+    mutates_args=(),
+    schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_token_statistics(*operands: Any) -> tuple[Tensor, ...]:
+    head, impl = make_head(*operands[:-1]), operands[-1]
+    found = Diagnostics.allocate(head.hidden)
+    swept = sweep(head, Wanted(), _stage(impl)(head, diagnostics=found))
+    return (
+        swept.logprobs,
+        swept.entropy,
+        found.log_sum_sq_probs,
+        found.mean_logits,
+        found.is_top1,
+    )
+
+
+@_linear_token_statistics.register_fake
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    found = Diagnostics.allocate(hidden)
+    return (
+        *_new_statistics(hidden),
+        found.log_sum_sq_probs,
+        found.mean_logits,
+        found.is_top1,
+    )
 
 
 @torch.library.custom_op(
@@ -186,15 +272,16 @@ def _(by_logprob: Tensor | None, by_entropy: Tensor | None, logits: Tensor, *oth
 def _differentiate(
     operator: Any, name: str, num_tensors: int, backward: Callable[..., Sequence[Tensor]]
 ) -> None:
-    """Registers the backward pass of an operator that returns log-probs and entropies [N].
+    """Registers the backward pass of an operator that returns log-probs and entropies [N] first.
 
     Args:
         num_tensors: how many of its inputs, the first, are tensors; the others are settings.
-        backward: from the gradients of both outputs (None: of none), the inputs, and for each of
+        backward: from the gradients of these two (None: of none), the inputs, and for each of
             them whether its gradient is wanted, to the gradients of the first of them.
     """
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:num_tensors])
         ctx.settings = inputs[num_tensors:]
@@ -203,22 +290,26 @@ def _differentiate(
         refuse_double_backward(name)
         inputs = (*ctx.saved_tensors, *ctx.settings)
         gradients: list[Tensor | None] = []
-        if any(gradient is not None for gradient in by_outputs):
-            made = backward(*by_outputs, inputs, ctx.needs_input_grad)
+        if any(gradient is not None for gradient in by_outputs[:2]):
+            made = backward(*by_outputs[:2], inputs, ctx.needs_input_grad)
             gradients = [none_if_empty(gradient) for gradient in made]
         return (*gradients, *(None for _ in inputs[len(gradients) :]))
 
     operator.register_autograd(run, setup_context=save)
 
 
-_differentiate(
-    _linear_logprobs,
-    "linear_logprobs",
-    4,
-    lambda by_logprob, by_entropy, inputs, wanted: _linear_logprobs_backward(
-        by_logprob, by_entropy, *inputs, *wanted[:3]
-    ),
-)
+for _operator, _name in (
+    (_linear_logprobs, "linear_logprobs"),
+    (_linear_token_statistics, "linear_token_statistics"),
+):
+    _differentiate(
+        _operator,
+        _name,
+        4,
+        lambda by_logprob, by_entropy, inputs, wanted: _linear_logprobs_backward(
+            by_logprob, by_entropy, *inputs, *wanted[:3]
+        ),
+    )
 _differentiate(
     _selective_logprobs,
     "selective_logprobs",

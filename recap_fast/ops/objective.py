@@ -39,20 +39,41 @@ def importance_ratio(
 
 
 def mean_over_sequence(tokens: TokenTable, values: Tensor) -> Tensor:
-    """[N]: mean of `values` [N], 0 off policy tokens, over the policy tokens of the sequence."""
+    """Mean of `values` [N] or [N, K], 0 off policy tokens, over the policy tokens of the sequence;
+    of the same shape."""
+    beside = (-1,) + (1,) * (values.dim() - 1)
     sums = sum_over_sequences(values, tokens.sequence, tokens.policy_counts.shape[0])
-    means = sums / tokens.policy_counts.clamp(min=1)
-    return means.index_select(0, tokens.sequence).where(tokens.policy, 0.0)
+    means = sums / tokens.policy_counts.clamp(min=1).view(beside)
+    return means.index_select(0, tokens.sequence).where(tokens.policy.view(beside), 0.0)
 
 
-def rollout_weight(tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig) -> Tensor | None:
-    """Truncated importance weight min(exp(old - rollout), cap) [N]; None: 1 everywhere."""
+def importance_weight(
+    tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig
+) -> Tensor | None:
+    """w_t [N], 0 off policy tokens: as given, or that of the rollout. None: 1 everywhere."""
+    if tokens.importance is not None:
+        return tokens.importance.where(tokens.policy, 0.0)
+    weight, _ = rollout_weight(tokens, logprobs, config)
+    return weight
+
+
+def rollout_weight(
+    tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """exp(old - rollout), truncated or masked, [N] and where it was [N] bool; 0 off policy tokens.
+
+    (None, None) where there is no cap. No gradient flows through it.
+    """
     if config.rollout_is_cap is None or tokens.rollout is None:
-        return None
+        return None, None
     old = logprobs if tokens.old is None else tokens.old
     log_weight = (old - tokens.rollout).where(tokens.policy, 0.0)
     weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    return weight.clamp(max=config.rollout_is_cap)
+    low, high = config.rollout_is_min or 0.0, config.rollout_is_cap
+    outside = (weight < low) | (weight > high)
+    masks = config.rollout_is_mode == "mask"
+    weight = weight.where(~outside, 0.0) if masks else weight.clamp(low, high)
+    return weight.where(tokens.policy, 0.0), outside & tokens.policy
 
 
 def surrogate(
@@ -106,23 +127,63 @@ def is_constant(tokens: TokenTable, config: PolicyLossConfig) -> bool:
     return tokens.old is None and not compares_kl and not weighs
 
 
-def logprob_gradient(tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig) -> Tensor:
-    """d loss / d logprob [N]. Level "sequence" needs whole sequences in `tokens`."""
+def logprob_gradients(tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig) -> Tensor:
+    """d L_k / d logprob_t [N, K]. Level "sequence" needs whole sequences in `tokens`."""
     ratio, inside = importance_ratio(tokens, logprobs, config)
     _, slope, _ = surrogate(ratio, tokens.advantages, logprobs, config)
-    by_ratio = (tokens.policy_share * slope * tokens.weights).sum(1)
-    weight = rollout_weight(tokens, logprobs, config)
+    by_ratio = tokens.policy_share * slope
+    weight = importance_weight(tokens, logprobs, config)
     if weight is not None:
-        by_ratio = by_ratio * weight
+        by_ratio = by_ratio * weight.unsqueeze(1)
     if config.loss_type == "clip":
-        by_ratio = by_ratio * inside
+        by_ratio = by_ratio * inside.unsqueeze(1)
         if config.ratio_level == "sequence":
             by_ratio = mean_over_sequence(tokens, by_ratio)
-    gradient = -by_ratio - (tokens.supervised_share * tokens.weights).sum(1)
+    return -by_ratio - tokens.supervised_share
+
+
+def logprob_gradient(tokens: TokenTable, logprobs: Tensor, config: PolicyLossConfig) -> Tensor:
+    """d loss / d logprob [N]. Level "sequence" needs whole sequences in `tokens`."""
+    gradient = (logprob_gradients(tokens, logprobs, config) * tokens.weights).sum(1)
     if tokens.ref is not None and config.kl_coef != 0:
         _, kl_slope = kl_estimate(tokens, logprobs, config)
         gradient = gradient + config.kl_coef * tokens.regulariser_share * kl_slope
     return gradient
+
+
+MIN_REMAINDER = 1e-3
+"""A token's objectives cancel where less than this share of their sizes is left of their sum: what
+is left is then rounding, from which no objective's part can be told."""
+MAX_CANCELLED = 0.1
+"""Share of an objective's sum of squared coefficients that cancelled tokens may take with them."""
+
+
+def objective_gradients(
+    tokens: TokenTable, logprobs: Tensor, d_hidden: Tensor, config: PolicyLossConfig
+) -> Tensor:
+    """The sum over tokens of each objective's gradient at the hidden states, [K, H].
+
+    All of a token's gradients are multiples of that of its log-prob: what the loss gave to
+    `d_hidden` [N, H], which may be scaled, is d loss / d logprob of them, and L_k's part of it is
+    d L_k / d logprob over that. Tokens whose objectives cancel have no gradient to be shared out
+    and are left out; NaN for an objective of which they are more than `MAX_CANCELLED`.
+    """
+    by_objective = logprob_gradients(tokens, logprobs, config)
+    weighted = by_objective * tokens.weights
+    total, size = weighted.sum(1), weighted.abs().sum(1)
+    if tokens.ref is not None and config.kl_coef != 0:
+        _, kl_slope = kl_estimate(tokens, logprobs, config)
+        penalty = config.kl_coef * tokens.regulariser_share * kl_slope
+        total, size = total + penalty, size + penalty.abs()
+    kept = total.abs() > MIN_REMAINDER * size
+    parts = (by_objective / total.where(kept, 1.0).unsqueeze(1)).where(kept.unsqueeze(1), 0.0)
+    if d_hidden.is_cuda and d_hidden.dtype != total.dtype:
+        sums = torch.mm(parts.t().to(d_hidden.dtype), d_hidden, out_dtype=total.dtype)
+    else:
+        sums = torch.mm(parts.t().to(d_hidden.dtype), d_hidden).to(total.dtype)
+    squares = by_objective.square()
+    lost = squares.where(~kept.unsqueeze(1), 0.0).sum(0)
+    return sums.where((lost <= MAX_CANCELLED * squares.sum(0)).unsqueeze(1), torch.nan)
 
 
 def entropy_gradient(tokens: TokenTable, config: PolicyLossConfig) -> Tensor | None:
@@ -136,7 +197,7 @@ def objective_losses(
     """L_k [K] and the share of its policy tokens for which the clip decides [K]."""
     ratio, _ = importance_ratio(tokens, logprobs, config)
     value, _, decides = surrogate(ratio, tokens.advantages, logprobs, config)
-    weight = rollout_weight(tokens, logprobs, config)
+    weight = importance_weight(tokens, logprobs, config)
     if weight is not None:
         value = value * weight.unsqueeze(1)
     applies = tokens.policy_share > 0

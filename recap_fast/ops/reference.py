@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recap_fast.ops.arguments import LossArguments
 from recap_fast.ops.loss_config import PolicyLossConfig
-from recap_fast.ops.output import PolicyLossOutput
+from recap_fast.ops.output import PolicyLossOutput, TokenStatistics
 
 
 def group_advantages(
@@ -37,14 +37,46 @@ def group_advantages(
     return advantages
 
 
+def combined_advantages(
+    rewards: Tensor, group_ids: Tensor, weights: Tensor, method: str, eps: float = 1e-4
+) -> Tensor:
+    """`ops.combined_advantages` as published, one rollout at a time. [S, K]."""
+    alone = group_advantages(rewards, group_ids, "std", eps)
+    advantages = torch.zeros_like(rewards)
+    combined: dict[int, Tensor] = {}  # by rollout
+    kept_of: dict[int, list[bool]] = {}  # by group
+    scored = [s for s in range(len(rewards)) if not bool(rewards[s].isnan().all())]
+    for s in scored:
+        has = ~rewards[s].isnan()
+        parts = (weights * alone[s])[has]
+        if method == "dvao":
+            members = rewards[group_ids == group_ids[s]][:, has]
+            spread = [column[~column.isnan()] for column in members.T]
+            sigma = torch.stack([r.std() if len(r) > 1 else r.sum() * 0 for r in spread])
+            share = weights[has] * sigma
+            advantages[s, has] = (share * alone[s, has]).sum() / share.sum() if parts.any() else 0.0
+            continue
+        signs = {int(a.sign()) for a in alone[s, has & (weights > 0)] if abs(a) > 1e-5}
+        kept = method == "gdpo" or signs != {-1, 1}
+        kept_of.setdefault(int(group_ids[s]), []).append(kept)
+        if kept:
+            combined[s] = parts.sum()
+    for s in combined:
+        kept_in_group = kept_of[int(group_ids[s])]
+        combined[s] = combined[s] * sum(kept_in_group) / len(kept_in_group)
+    if len(combined) > 1:
+        whole = torch.stack([*combined.values()])
+        for s, value in combined.items():
+            whitened = (value - whole.mean()) / (whole.std() + eps)
+            advantages[s, ~rewards[s].isnan()] = whitened
+    return advantages
+
+
 def selective_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and entropies [N] of logits [N, V]."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    log_p = torch.log_softmax(z / temperature, dim=-1)
+    log_p = torch.log_softmax(_scaled(logits, temperature, softcap), dim=-1)
     ignored = targets == -100
     picked = log_p.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
     surprise = log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)
@@ -62,14 +94,50 @@ def linear_logprobs(
     bfloat16_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and entropies [N] of the logits hidden @ weight.T + bias."""
-    bias = None if bias is None else bias.to(hidden.dtype)
-    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+    logits = _logits(hidden, weight, bias)
     if bfloat16_logits:
         logits = logits.bfloat16()
     return selective_logprobs(logits, targets, temperature, softcap)
 
 
-def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLossOutput:
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStatistics:
+    """`ops.linear_token_statistics`."""
+    logits = _logits(hidden, weight, bias)
+    logprobs, entropy = selective_logprobs(logits, targets, temperature, softcap)
+    ignored = targets == -100
+    z = _scaled(logits.detach(), temperature, softcap)
+    return TokenStatistics(
+        logprobs=logprobs,
+        entropy=entropy,
+        log_sum_sq_probs=z.softmax(-1).square().sum(-1).log().masked_fill(ignored, 0),
+        mean_logits=z.mean(-1).masked_fill(ignored, 0),
+        is_top1=(z.argmax(-1) == targets) & ~logprobs.isnan(),
+    )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(hidden.dtype)
+    return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+
+
+def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def policy_loss(
+    arguments: LossArguments, config: PolicyLossConfig, objective_gradients: bool = False
+) -> PolicyLossOutput:
     """`ops.fused_linear_policy_loss`."""
     a, c = arguments, config
     logp, entropy = linear_logprobs(
@@ -102,9 +170,13 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
     old = logp.detach() if a.old_logprobs is None else a.old_logprobs.to(dtype)
     ratio = _ratio(logp, old, policy, member, c)
     is_weight = torch.ones_like(logp)
+    rollout_is_weight = bounded = None
     if c.rollout_is_cap is not None and a.rollout_logprobs is not None:
         gap = _clamp((old - a.rollout_logprobs.to(dtype)).masked_fill(~policy, 0))
-        is_weight = gap.exp().clamp(max=c.rollout_is_cap).detach()
+        is_weight, bounded = _bounded(gap.exp().detach(), c.rollout_is_cap, c)
+        rollout_is_weight, bounded = is_weight.masked_fill(~policy, 0), bounded & policy
+    if a.importance_weights is not None:
+        is_weight = a.importance_weights.detach().to(dtype).masked_fill(~policy, 0)
 
     losses, clip_fraction = [], []
     for j in range(k):
@@ -118,6 +190,9 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
         losses.append(-(scale * terms).sum() / denominator)
         clip_fraction.append((clipped & on_policy).sum(dtype=dtype) / on_policy.sum().clamp(min=1))
     objective_losses = torch.stack(losses)
+    by_objective = None
+    if objective_gradients:
+        by_objective = torch.stack([_hidden_gradient(value, a.hidden) for value in losses])
     loss = (_lambda(a, k).to(dtype) * objective_losses).sum() / k
 
     given = None
@@ -139,7 +214,27 @@ def policy_loss(arguments: LossArguments, config: PolicyLossConfig) -> PolicyLos
         kl=None if kl is None else kl.detach(),
         clip_fraction=torch.stack(clip_fraction),
         advantages=table,
+        importance_weights=rollout_is_weight,
+        importance_bounded=bounded,
+        objective_gradients=by_objective,
     )
+
+
+def _hidden_gradient(loss: Tensor, hidden: Tensor) -> Tensor:
+    """Sum over tokens of d loss / d hidden, [H]; loss [] may not depend on hidden."""
+    if not loss.requires_grad:
+        return hidden.new_zeros(hidden.shape[1])
+    (found,) = torch.autograd.grad(loss, hidden, retain_graph=True, materialize_grads=True)
+    return found.sum(0).to(loss.dtype)
+
+
+def _bounded(weight: Tensor, cap: float, c: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """w_t [N] of exp(old - rollout) [N], and where that is out of bounds [N] bool."""
+    low = 0.0 if c.rollout_is_min is None else c.rollout_is_min
+    outside = (weight < low) | (weight > cap)
+    if c.rollout_is_mode == "mask":
+        return weight.masked_fill(outside, 0), outside
+    return weight.clamp(min=low, max=cap), outside
 
 
 def _lambda(a: LossArguments, k: int) -> Tensor:
@@ -214,3 +309,23 @@ def _kl(logp: Tensor, ref: Tensor, policy: Tensor, c: PolicyLossConfig) -> Tenso
         return k2
     d = _clamp(d)
     return d.exp() - d - 1
+
+
+def adamw(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameter and moments after AdamW's step number `step`, from 1; nothing is rounded."""
+    m = betas[0] * exp_avg + (1 - betas[0]) * gradient
+    v = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient**2
+    corrected_m, corrected_v = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    decayed = parameter * (1 - lr * weight_decay)
+    return decayed - lr * corrected_m / (corrected_v**0.5 + eps), m, v

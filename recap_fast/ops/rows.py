@@ -29,6 +29,35 @@ RowGradient = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """Statistics of N rows through which no gradient flows; see `TokenStatistics`."""
+
+    log_sum_sq_probs: Tensor  # [N]
+    mean_logits: Tensor  # [N]
+    is_top1: Tensor  # [N] bool
+
+    @classmethod
+    def allocate(cls, like: Tensor) -> Diagnostics:
+        """Places for those of rows [N, ...], such as hidden states."""
+        values = like.new_empty(like.shape[0], dtype=statistics_dtype(like.dtype))
+        return cls(values, torch.empty_like(values), torch.empty_like(values, dtype=torch.bool))
+
+    def __getitem__(self, rows: slice) -> Diagnostics:
+        return Diagnostics(self.log_sum_sq_probs[rows], self.mean_logits[rows], self.is_top1[rows])
+
+    def take_logits(self, scaled: Tensor, targets: Tensor) -> None:
+        """Fill what needs the scaled logits [N, V]."""
+        torch.mean(scaled, -1, out=self.mean_logits)
+        torch.eq(scaled.argmax(-1), targets, out=self.is_top1)
+
+    def take_probs(self, probs: Tensor, logprobs: Tensor, valid: Tensor) -> None:
+        """Fill the rest from probabilities [N, V], which are used up, and clear ignored rows."""
+        self.log_sum_sq_probs.copy_(probs.square_().sum(-1).log_().where(valid, 0.0))
+        self.mean_logits.copy_(self.mean_logits.where(valid, 0.0))
+        self.is_top1.logical_and_(~logprobs.isnan())  # argmax takes NaN for the largest
+
+
+@dataclass(frozen=True, slots=True)
 class RowPass:
     """Scratch and constants of the passes over one block after another."""
 
@@ -69,10 +98,12 @@ class RowPass:
         rows: slice,
         row_gradient: RowGradient | None = None,
         out: Tensor | None = None,
+        diagnostics: Diagnostics | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [R] of logits [R, V]; their gradient into `out` [R, V].
 
-        `rows` only names the rows to `row_gradient`. `out` may be `logits`.
+        `rows` only names the rows to `row_gradient`. `out` may be `logits`. `diagnostics` [R] are
+        filled where there is no gradient to make.
         """
         size = logits.shape[0]
         shifted = logits if self.shifted is None else self.shifted[:size].copy_(logits)
@@ -82,6 +113,8 @@ class RowPass:
         target = targets.where(valid, 0).unsqueeze(1)
 
         self._scale(shifted, capped)
+        if diagnostics is not None:
+            diagnostics.take_logits(shifted, targets)
         shifted -= shifted.amax(-1, keepdim=True)
         target_shifted = shifted.gather(1, target).squeeze(1)
         shifted.clamp_(min=NEGLIGIBLE)
@@ -92,6 +125,8 @@ class RowPass:
         logprobs = (target_shifted + log_largest).where(valid, 0.0)
         entropy = (-log_largest - products.sum(-1)).where(valid, 0.0)
         if row_gradient is None or out is None:
+            if diagnostics is not None:
+                diagnostics.take_probs(weights, logprobs, valid)
             return logprobs, entropy
 
         by_logprob, by_entropy = row_gradient(rows, logprobs, entropy)

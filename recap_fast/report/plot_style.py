@@ -46,3 +46,11 @@ def label_axes(axes: Axes, title: str, unit: str, *, xlabel: str = "step") -> No
         MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1)
     )
     axes.margins(x=0.02)
+
+
+STAGE_COLOURS = {
+    "rollout": "#1e5f8c",
+    "reward": "#e9b44c",
+    "train": "#7fb3d5",
+    "sync": "#9a8fbf",
+}

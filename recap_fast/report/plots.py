@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from recap_fast.config import TrainConfig
-from recap_fast.report.plot_style import COLOURS, DPI, MUTED, STYLE, label_axes
+from recap_fast.report.ahead_plots import draw_staleness, draw_timeline
+from recap_fast.report.history import Array, RunHistory
+from recap_fast.report.plot_style import COLOURS, DPI, MUTED, STAGE_COLOURS, STYLE, label_axes
 
-Array = np.ndarray
-
-_STAGE_COLOURS = {
-    "rollout": "#1e5f8c",
-    "reward": "#e9b44c",
-    "train": "#7fb3d5",
-    "sync": "#9a8fbf",
-}
 _SIZE = (6.4, 3.3)  # inches
 _MAX_BARS = 300
 _NOISY, _SMOOTH, _EXACT = 0.15, 0.025, 0.0  # share of a series that its drawn average spans
@@ -38,33 +32,6 @@ class Plot:
     name: str
     caption: str
     path: Path
-
-
-class RunHistory:
-    """A run's metrics as series. Rows of the same step are merged, the later one winning."""
-
-    def __init__(self, rows: Iterable[Mapping[str, float | int | None]]) -> None:
-        merged: dict[int, dict[str, float | int | None]] = {}
-        for row in rows:
-            merged.setdefault(int(row["step"] or 0), {}).update(row)
-        self.rows = [merged[step] for step in sorted(merged)]
-        """In order of step; a value that was not finite is None."""
-
-    def series(self, key: str) -> tuple[Array, Array]:
-        """Steps and values [n] float64 of the rows that have a number under `key`."""
-        points = [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
-        table = np.array(points, dtype=np.float64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
-
-    def keys(self, prefix: str) -> list[str]:
-        """Keys that start with `prefix`, in order of first appearance."""
-        return list(dict.fromkeys(k for row in self.rows for k in row if k.startswith(prefix)))
-
-    @property
-    def num_steps(self) -> int:
-        """Training steps done."""
-        steps, _ = self.series("time/total")
-        return int(steps[-1]) if len(steps) else 0
 
 
 def draw_plots(history: RunHistory, config: TrainConfig, folder: Path) -> list[Plot]:
@@ -163,7 +130,8 @@ def _mark_warm_up(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     """Shades the steps in which RECAP's windows fill and every weight is 1."""
     if config.reweighting.method != "recap":
         return
-    end = min(2 * int(config.reweighting.parameters.get("window", 10)), history.num_steps)
+    windows = 1 if config.reweighting.parameters.get("retention") else 2
+    end = min(windows * int(config.reweighting.parameters.get("window", 10)), history.num_steps)
     if end < 2:
         return
     axes.axvspan(1, end, color="#eef2f7", zorder=0, linewidth=0)
@@ -186,6 +154,25 @@ def _instabilities(figure: Figure, history: RunHistory, config: TrainConfig) -> 
     label_axes(axes, "Instabilities", "i (standard deviation / means)")
     drawn = _per_objective(axes, history, config, "instability", share=_SMOOTH)
     axes.set_ylim(bottom=0)
+    return drawn
+
+
+def _retentions(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
+    axes = figure.subplots()
+    label_axes(axes, "Forgetting", "r (relative drop below the best)")
+    drawn = _per_objective(axes, history, config, "retention", share=_SMOOTH)
+    axes.set_ylim(bottom=0)
+    return drawn
+
+
+def _pulls(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
+    axes = figure.subplots()
+    label_axes(axes, "Gradient strengths", "norm at the hidden states")
+    drawn = _per_objective(axes, history, config, "gradient_norm")
+    norms = [history.series(f"gradient_norm/{o.name}")[1] for o in config.objectives]
+    if any((values > 0).any() for values in norms):
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")  # the default writes powers in TeX
     return drawn
 
 
@@ -224,7 +211,7 @@ def _time_split(figure: Figure, history: RunHistory, config: TrainConfig) -> boo
     label_axes(axes, "Where the time goes", "seconds per step")
     size = math.ceil(len(steps) / _MAX_BARS)
     bottom = np.zeros(math.ceil(len(steps) / size))
-    for stage, colour in _STAGE_COLOURS.items():
+    for stage, colour in STAGE_COLOURS.items():
         x, y = history.series(f"time/{stage}")
         by_step = dict(zip(x, y, strict=True))
         seconds = _binned(np.array([by_step.get(step, 0.0) for step in steps]), size)
@@ -339,6 +326,15 @@ _FIGURES: tuple[tuple[str, str, _Draw], ...] = (
     ("rates", "Newer window's mean against the older one's.", _rates),
     ("instabilities", "Relative spread of each objective's values over both windows.",
      _instabilities),
+    ("retentions", "How far each objective is below its best windowed mean, beyond the noise.",
+     _retentions),
+    (
+        "strengths",
+        "How strongly each objective pulls at the hidden states before it is weighed. Weights "
+        "decide little between objectives that differ by more than weights do: see "
+        "reweighting.balance.",
+        _pulls,
+    ),
     ("losses", "Unweighted loss of each objective.", _losses),
     (
         "zero_std",
@@ -348,6 +344,19 @@ _FIGURES: tuple[tuple[str, str, _Draw], ...] = (
     ("evaluations", "Greedy completions on held-out rows.", _evaluations),
     ("time", "Seconds of each step by stage; evaluation and checkpoints are not included.",
      _time_split),
+    (
+        "timeline",
+        "What the trainer did, and below it how busy servers were: a box reaches from one batch to "
+        "the next, and is filled by the share of that time in which servers had requests. Nothing "
+        "was measured after the last batch. Gaps above are evaluations and checkpoints.",
+        draw_timeline,
+    ),
+    (
+        "staleness",
+        "Optimizer steps between the weights that sampled a token and those that it is trained on. "
+        "Importance weights leave as many effective samples: (sum w)^2 / (n sum w^2).",
+        draw_staleness,
+    ),
     ("throughput", "Prompt, completion and replay tokens per second of a whole step.", _throughput),
     (
         "mismatch",

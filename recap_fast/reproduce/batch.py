@@ -28,6 +28,8 @@ def stack(reweighters: Sequence[Reweighter]) -> Reweighter:
     if any(type(other) is not type(result) for other in reweighters):
         raise ValueError("stack takes reweighters of one method")
     states = [other.state_dict() for other in reweighters]
+    if any(set(state) != set(states[0]) for state in states):
+        raise ValueError("stack: retention must be 0 in all or in none")
     entries = {id(entry): name for name, entry in result._state.items()}
     for attribute, value in list(vars(result).items()):
         given = [getattr(other, attribute) for other in reweighters]

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from recap_fast.config import TrainConfig
 from recap_fast.data.digit_scenes import HEIGHT, TASKS, WIDTH, SceneRows
 from recap_fast.data.prompts import TEMPLATES
-from recap_fast.model.policy import ModelError, cache_folder
+from recap_fast.model.errors import ModelError
+from recap_fast.model.model_path import cache_folder
 from recap_fast.report.metrics import read_metrics
 from recap_fast.reproduce.grid import Cell, run_grid
 from recap_fast.training.checkpoint import latest_checkpoint

@@ -9,16 +9,18 @@ scores of all three are taken before, during and after, over several seeds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recap_fast.config import TrainConfig
+from recap_fast.config import TrainConfig, merge
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.reproduce.digits import PROMPTS, BaseSettings
 from recap_fast.reproduce.grid import Cell
 from recap_fast.types import UserError
 
+_WINDOWED = ("recap", "dwa", "saw")
 _MAX_TOKENS = 160  # of a prompt; the scenes' longest has about 80
 
 
@@ -119,7 +121,20 @@ def run_config(
     if method not in METHODS:
         raise ExperimentError(f"no method {method!r}; there are {', '.join(METHODS)}")
     chosen = METHODS[method]
-    windowed = chosen.reweighter in ("recap", "dwa", "saw")
+    changes = {
+        "model": {"reference": "initial" if chosen.kl_coef else None},
+        "data": {"mixing": chosen.mixing},
+        "loss": PolicyLossConfig(kl_coef=chosen.kl_coef),
+        "reweighting": {"method": chosen.reweighter, "parameters": chosen.parameters},
+        "training": {"steps": round(chosen.length * settings.steps)},
+    }
+    return configure(settings, base, output / method / f"seed-{seed}", seed, changes)
+
+
+def configure(
+    settings: ExperimentSettings, base: Path, run: Path, seed: int, changes: Mapping[str, Any]
+) -> TrainConfig:
+    """What all runs have in common, with `changes` over it; they name the reweighter."""
     sources = [
         {
             **source,
@@ -130,41 +145,38 @@ def run_config(
         }
         for source in _SOURCES
     ]
-    return TrainConfig.model_validate(
-        {
-            "run": str(output / method / f"seed-{seed}"),
-            "seed": seed,
-            "model": {
-                "path": str(base),
-                "dtype": "float32",
-                "train_vision": True,
-                "reference": "initial" if chosen.kl_coef else None,
-            },
-            "data": {
-                "sources": sources,
-                "batch_size": settings.batch_size,
-                "mixing": chosen.mixing,
-                "max_prompt_tokens": _MAX_TOKENS,
-                "max_supervised_tokens": _MAX_TOKENS,
-            },
-            "rollout": {
-                "engine": "transformers",
-                "group_size": settings.group_size,
-                "max_new_tokens": 20,
-            },
-            "rewards": {"workers": 1},
-            "loss": PolicyLossConfig(kl_coef=chosen.kl_coef),
-            "reweighting": {
-                "method": chosen.reweighter,
-                "parameters": ({"window": settings.window} if windowed else {}) | chosen.parameters,
-            },
-            "optimizer": {"learning_rate": settings.learning_rate},
-            "training": {"steps": round(chosen.length * settings.steps)},
-            "evaluation": {"every": settings.evaluate_every},
-            "checkpoint": {"every": settings.evaluate_every, "keep": 1},
-            "logging": {"tensorboard": False},
-        }
-    )
+    common = {
+        "run": str(run),
+        "seed": seed,
+        "model": {"path": str(base), "dtype": "float32", "train_vision": True},
+        "data": {
+            "sources": sources,
+            "batch_size": settings.batch_size,
+            "max_prompt_tokens": _MAX_TOKENS,
+            "max_supervised_tokens": _MAX_TOKENS,
+        },
+        "rollout": {
+            "engine": "transformers",
+            "group_size": settings.group_size,
+            "max_new_tokens": 20,
+        },
+        "rewards": {"workers": 1},
+        "optimizer": {"learning_rate": settings.learning_rate},
+        "training": {"steps": settings.steps},
+        "evaluation": {"every": settings.evaluate_every},
+        "checkpoint": {"every": settings.evaluate_every, "keep": 1},
+        "logging": {"tensorboard": False},
+    }
+    return TrainConfig.model_validate(with_window(merge(common, dict(changes)), settings.window))
+
+
+def with_window(content: dict[str, Any], window: int) -> dict[str, Any]:
+    """A configuration whose reweighter looks back `window` steps, if it looks back at all."""
+    reweighting = content["reweighting"]
+    if reweighting["method"] not in _WINDOWED:
+        return content
+    parameters = {"window": window} | reweighting.get("parameters", {})
+    return content | {"reweighting": reweighting | {"parameters": parameters}}
 
 
 def grid(settings: ExperimentSettings, base: Path, output: Path) -> list[Cell]:

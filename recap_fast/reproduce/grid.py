@@ -6,6 +6,7 @@ again skips what is finished and resumes what was interrupted.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -66,16 +67,22 @@ class Cell:
         )
 
 
-def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
+def run_grid(
+    cells: Sequence[Cell], jobs: int, console: Console, *, budget: float = math.inf
+) -> None:
     """Runs what is not finished, `jobs` runs at a time, each with its share of the cores.
 
     On SIGTERM or Ctrl-C the runs write checkpoints and stop, and so does the grid.
+
+    Args:
+        budget: seconds after which no run is started any more; those under way are finished.
 
     Raises:
         GridError: a folder holds a run with other settings; a run failed (the others are
             finished first); or the grid was stopped.
     """
-    _check_folders(cells)
+    check_folders(cells)
+    deadline = time.monotonic() + budget
     waiting = [cell for cell in cells if not cell.is_finished]
     done = len(cells) - len(waiting)
     if done:
@@ -87,9 +94,11 @@ def run_grid(cells: Sequence[Cell], jobs: int, console: Console) -> None:
         _Bars(cells, console) as bars,
     ):
         try:
-            while running or (waiting and not stop):
-                while waiting and len(running) < jobs and not stop:
+            while True:
+                while waiting and len(running) < jobs and not stop and time.monotonic() < deadline:
                     running.append(_Process(waiting.pop(0), jobs))
+                if not running:
+                    break
                 time.sleep(_POLL_SECONDS)
                 if stop:
                     for process in running:
@@ -122,7 +131,12 @@ def make_output(folder: Path) -> None:
         raise GridError(f"--output: {folder} cannot be made a folder: {error.strerror}") from None
 
 
-def _check_folders(cells: Sequence[Cell]) -> None:
+def check_folders(cells: Sequence[Cell]) -> None:
+    """Refuses the folder of another grid.
+
+    Raises:
+        GridError: a cell's folder holds a run with other settings.
+    """
     for cell in cells:
         path = cell.folder / "config.yaml"
         if path.exists() and not _holds(path, cell.config):

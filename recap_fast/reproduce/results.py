@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from recap_fast.config import TrainConfig
+from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MACHINE_FILE, read_metrics
-from recap_fast.report.plots import RunHistory
 from recap_fast.reproduce.experiment import METHODS, ExperimentSettings
 from recap_fast.reproduce.grid import Cell
 

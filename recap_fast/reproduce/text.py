@@ -10,6 +10,9 @@ held-out rows before, during and after, whether a method trains on them or not.
 No format is rewarded: a model of this size soon finds that repeating a request for <answer> tags
 has them in it, and stops computing.
 
+With `--replay` few rows are replayed, and the methods are those of the same experiment on images
+(recap_fast.reproduce.replay).
+
     recap-fast reproduce text --quick
 """
 
@@ -26,18 +29,23 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig
+from recap_fast.config import ModelConfig, RolloutConfig, TrainConfig, merge
+from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import describe_machine, read_metrics
-from recap_fast.report.plots import RunHistory
+from recap_fast.reproduce.experiment import with_window
 from recap_fast.reproduce.grid import Cell, make_output, run_grid
+from recap_fast.reproduce.replay import Sources, method_changes
 
 METHODS = ("reasoning-only", "uniform", "recap")
+SCARCE_METHODS = ("uniform", "recap", "together")
+"""Where `TextSettings.replay` is set: of recap_fast.reproduce.replay."""
 SCORES = {
     "sums accuracy": "eval/sums/accuracy",
     "products accuracy": "eval/products/product_accuracy",
     "instructions loss": "eval/instructions/loss",
     "instructions token accuracy": "eval/instructions/token_accuracy",
 }
+_BY_PURPOSE = Sources("sums", ("products", "instructions"), ["accuracy", "product_accuracy"])
 _INSTRUCTION_TOKENS = 64
 _TOPICS = (
     "rain", "bread", "the moon", "bicycles", "honey", "rivers", "chess", "glass", "sleep", "cats",
@@ -71,11 +79,13 @@ class TextSettings:
     topics: int = len(_TOPICS)
     window: int = 5
     """RECAP's: half the paper's, as the runs are an eighth of the paper's."""
+    replay: int | None = None
+    """Percent of all rows that are replayed, by SCARCE_METHODS. None: two thirds, by METHODS."""
 
 
 FULL = TextSettings()
 QUICK = TextSettings(
-    steps=2, batch_size=3, group_size=2, evaluate_every=1, held_out=4, topics=4, window=1
+    steps=2, batch_size=3, group_size=2, evaluate_every=1, held_out=4, topics=4, window=4
 )
 """Shows that everything works, and nothing else."""
 
@@ -97,7 +107,7 @@ def run_text(output: Path, settings: TextSettings, *, jobs: int) -> str:
     cells = [
         Cell(method, seed, run_config(settings, instructions, output, method, seed))
         for seed in range(settings.seeds)
-        for method in METHODS
+        for method in (METHODS if settings.replay is None else SCARCE_METHODS)
     ]
     run_grid(cells, jobs, console)
     results = collect_scores(cells)
@@ -111,37 +121,41 @@ def run_text(output: Path, settings: TextSettings, *, jobs: int) -> str:
 def run_config(
     settings: TextSettings, instructions: Path, output: Path, method: str, seed: int
 ) -> TrainConfig:
-    """The configuration of one run; `method` is one of METHODS."""
+    """The configuration of one run; `method` is one of METHODS or SCARCE_METHODS."""
+    common = {
+        "run": str(output / method / f"seed-{seed}"),
+        "seed": seed,
+        "model": {"path": settings.model},
+        "data": {
+            "sources": _sources(settings, instructions),
+            "batch_size": settings.batch_size,
+            "max_prompt_tokens": 192,
+            "max_supervised_tokens": 192,
+        },
+        "rollout": {
+            "engine": settings.engine,
+            "group_size": settings.group_size,
+            "max_new_tokens": settings.max_new_tokens,
+        },
+        "rewards": {"workers": 1},
+        "optimizer": {"learning_rate": settings.learning_rate},
+        "training": {"steps": settings.steps},
+        "evaluation": {"every": settings.evaluate_every},
+        "checkpoint": {"every": settings.evaluate_every, "keep": 1},
+        "logging": {"tensorboard": False},
+    }
+    content = merge(common, _changes(settings, method))
+    return TrainConfig.model_validate(with_window(content, settings.window))
+
+
+def _changes(settings: TextSettings, method: str) -> dict[str, Any]:
+    if settings.replay is not None:
+        return method_changes(method, settings.replay, _BY_PURPOSE)
     alone = {"sums": 1.0, "products": 0.0, "instructions": 0.0}
-    return TrainConfig.model_validate(
-        {
-            "run": str(output / method / f"seed-{seed}"),
-            "seed": seed,
-            "model": {"path": settings.model},
-            "data": {
-                "sources": _sources(settings, instructions),
-                "batch_size": settings.batch_size,
-                "mixing": alone if method == "reasoning-only" else "uniform",
-                "max_prompt_tokens": 192,
-                "max_supervised_tokens": 192,
-            },
-            "rollout": {
-                "engine": settings.engine,
-                "group_size": settings.group_size,
-                "max_new_tokens": settings.max_new_tokens,
-            },
-            "rewards": {"workers": 1},
-            "reweighting": {
-                "method": "recap" if method == "recap" else "uniform",
-                "parameters": {"window": settings.window} if method == "recap" else {},
-            },
-            "optimizer": {"learning_rate": settings.learning_rate},
-            "training": {"steps": settings.steps},
-            "evaluation": {"every": settings.evaluate_every},
-            "checkpoint": {"every": settings.evaluate_every, "keep": 1},
-            "logging": {"tensorboard": False},
-        }
-    )
+    return {
+        "data": {"mixing": alone if method == "reasoning-only" else "uniform"},
+        "reweighting": {"method": "recap" if method == "recap" else "uniform"},
+    }
 
 
 def _sources(settings: TextSettings, instructions: Path) -> list[dict[str, Any]]:
@@ -179,7 +193,8 @@ def answer_instructions(model: str, topics: int) -> list[dict[str, str]]:
     out.
     """
     from recap_fast.data.prompts import ChatRenderer
-    from recap_fast.model.policy import load_policy, load_tokenizer, resolve_model
+    from recap_fast.model.model_path import resolve_model
+    from recap_fast.model.policy import load_policy, load_tokenizer
     from recap_fast.rollout.factory import make_engine
     from recap_fast.types import Prompt, SamplingSpec
 

@@ -17,12 +17,17 @@ import importlib
 import math
 import multiprocessing
 import numbers
+import os
 import pickle  # noqa: TID251 (between this process and its own workers)
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin from 3.11 on
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any
 
@@ -37,8 +42,12 @@ from recap_fast.types import Objective, RewardSample, RewardTable, Rollout
 __all__ = ["RewardError", "RewardScorer", "Scoring"]
 
 _HEAVY_MODULES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0  # they import sympy, on what may be a busy machine
+_SILENT_SECONDS = 60.0
 _BATCHES_PER_WORKER = 4  # evens out their load
+
+_TO_GROUPS = (signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else ()
+"""What schedulers, torchrun and terminals send to all processes of a group to end the run."""
 
 _Outcome = tuple[str, Any]
 """("value", float), ("absent", None), ("unreadable", why), or how it failed and why."""
@@ -51,6 +60,7 @@ _worker_problem: list[str] = []
 
 def _start_worker(specs: Sequence[RewardSpec]) -> None:
     """Resolves all rewards once, and pays for imports and first calls before a step waits."""
+    _leave_group()
     try:
         _worker_rewards.extend(resolve(spec) for spec in specs)
         for spec in specs:
@@ -60,6 +70,31 @@ def _start_worker(specs: Sequence[RewardSpec]) -> None:
             BUILTIN["accuracy"](RewardSample("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", {}, 1, 1, "stop"))
     except Exception as error:  # noqa: BLE001 (a worker that dies here would be started for ever)
         _worker_problem.append(describe(error))
+
+
+def _leave_group() -> None:
+    """Spares this worker what is sent to the trainer's process group, so that the step in flight
+    can end: one that dies as it takes a job leaves the pool locked, and the job with nobody."""
+    if not _TO_GROUPS:
+        return
+    os.setpgrp()
+    while came := signal.sigpending() & set(_TO_GROUPS):  # while it was of the group
+        signal.sigwait(came)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_GROUPS)  # the pool stops it by one
+    _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    """Without it a worker that hangs would outlive a trainer that is killed."""
+    import fcntl  # where there are groups
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pipe = parent.sentinel  # closes with the trainer; SIGIO, which says so, ends any process
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _worker_problems() -> list[str]:
@@ -146,6 +181,7 @@ class RewardScorer:
         self.slow: set[int] = set()
         """Which of `rewards` do not fit into one time limit as a batch."""
         self.pool: Any = None
+        self._replacing = threading.Lock()
         if self.rewards:
             self._start_pool()
 
@@ -162,18 +198,24 @@ class RewardScorer:
 
     def close(self) -> None:
         """Stops the workers, whatever they are doing."""
-        if self.pool is not None:
-            self.pool.stop()
-            self.pool.join()
-            self.pool = None
+        # Taken first: a thread that still scores must not find it stopped, and replace it.
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
 
-    def start(self, max_new_tokens: int) -> Scoring:
+    def start(
+        self, max_new_tokens: int, tally: RewardTally | None = None, *, judged: bool = True
+    ) -> Scoring:
         """Begins a step, whose rollouts are scored while others are still being generated.
 
         Args:
             max_new_tokens: the limit the rollouts are sampled with.
+            tally: of a step whose rollouts are scored in several parts, the same one for each.
+            judged: whether too many failures raise; or else `judge` is to be asked about them, for
+                rollouts that are no step.
         """
-        return Scoring(self, max_new_tokens)
+        return Scoring(self, max_new_tokens, tally or RewardTally(), judged)
 
     def score(self, rollouts: Sequence[Rollout], max_new_tokens: int) -> RewardTable:
         """A step whose rollouts are all there: `start`, `add` and `table` in one."""
@@ -194,13 +236,51 @@ class RewardScorer:
             future.set_exception(BrokenExecutor(str(error)) if broken else error)
         return future
 
+    def judge(self, rollouts: Sequence[Rollout], rewards: RewardTable) -> None:
+        """Raises `RewardError` where more than `max_failure_fraction` of a step's rewards of one
+        objective failed."""
+        calls: Counter[str] = Counter()
+        for rollout in rollouts:
+            calls.update(self.rewards[r].objective for r in self.by_source[rollout.prompt.source])
+        failed: Counter[str] = Counter()
+        for kind, count in rewards.failures.items():
+            failed[kind.rpartition("/")[0]] += count
+        for name, count in failed.items():
+            self.stop_if_too_many(name, count, calls[name])
+
+    def stop_if_too_many(self, name: str, failed: int, calls: int, at_least: str = "") -> None:
+        limit = self.config.max_failure_fraction
+        if failed <= limit * calls:
+            return
+        first = {
+            key.rpartition("/")[2]: text
+            for key, text in self.first_errors.items()
+            if key.rpartition("/")[0] == name and key in self.failures
+        }
+        errors = "; ".join(f"first {kind}: {text}" for kind, text in first.items())
+        raise RewardError(
+            f"reward {name!r} failed for {at_least}{failed} of {calls} rollouts, more than "
+            f"rewards.max_failure_fraction {limit}; {errors}"
+        )
+
     def replace_pool(self, broken: Any) -> None:
         """Starts other workers, unless another step in progress already has."""
-        if self.pool is broken:
-            self.close()
-            self._start_pool()
+        with self._replacing:
+            if self.pool is broken:
+                self.close()
+                self._start_pool()
 
     def _start_pool(self) -> None:
+        for last in (False, False, True):
+            try:
+                self._try_to_start_pool()
+                return
+            except BrokenExecutor as error:  # pebble gives up where a worker is killed as it starts
+                self.close()
+                if last:
+                    raise _not_started(error) from error
+
+    def _try_to_start_pool(self) -> None:
         from pebble import ProcessPool
 
         specs = [reward.spec for reward in self.rewards]
@@ -212,22 +292,34 @@ class RewardScorer:
         )
         try:
             problems = self.pool.schedule(_worker_problems).result(timeout=_START_SECONDS)
-        except (FutureTimeoutError, BrokenExecutor) as error:
+        except FutureTimeoutError as error:
             self.close()
-            raise RewardError(
-                f"the reward workers did not start ({describe(error)}); a script that trains "
-                f'needs `if __name__ == "__main__":` around what it runs'
-            ) from error
+            raise _not_started(error) from error
         if problems:
             self.close()
             raise RewardError(f"the reward workers cannot start: {problems[0]}")
 
 
+@dataclass(frozen=True, slots=True)
+class RewardTally:
+    """By objective, the rewards of a step that were asked for, and those of them that failed."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+
+
 class Scoring:
     """The rewards of one step in progress: `add` rollouts as they come, then take the `table`."""
 
-    def __init__(self, scorer: RewardScorer, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        max_new_tokens: int,
+        tally: RewardTally,
+        judged: bool = True,
+    ) -> None:
         self._scorer = scorer
+        self._judged = judged
         self._max_new_tokens = max_new_tokens
         self._num_rollouts = 0
         # By the call's number:
@@ -235,9 +327,7 @@ class Scoring:
         self._rows: list[int] = []  # of the table
         self._where: list[str] = []  # in the data
         self._outcomes: dict[int, _Outcome] = {}
-        # By objective:
-        self._calls: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
+        self._calls, self._failed = tally.calls, tally.failed
         self._pending: dict[Future[list[_Outcome]], tuple[list[int], Any]] = {}
         """The calls of a batch, and the pool that has it."""
 
@@ -327,12 +417,18 @@ class Scoring:
         )
 
     def _wait_until_broken(self, to_split: list[list[int]]) -> list[tuple[list[int], Any]]:
-        """Waits until all batches are done or their pool is broken; returns those left over."""
+        """Waits until all batches are done or their pool is broken or silent; returns those left
+        over."""
         left_over: list[tuple[list[int], Any]] = []
+        heard = time.monotonic()
         while self._pending:
             done, _ = wait(self._pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            if not done:
-                lost = [f for f, (_, pool) in self._pending.items() if not pool.active]
+            if done:
+                heard = time.monotonic()
+            else:
+                # Time limits hold from when a worker takes a job, which one of them always does.
+                silent = time.monotonic() - heard > self._scorer.config.timeout + _SILENT_SECONDS
+                lost = [f for f, (_, pool) in self._pending.items() if silent or not pool.active]
                 left_over += [self._pending.pop(future) for future in lost]
             for future in done:
                 batch, pool = self._pending.pop(future)
@@ -381,21 +477,18 @@ class Scoring:
             self._stop_if_too_many(name)
 
     def _stop_if_too_many(self, name: str) -> None:
-        limit = self._scorer.config.max_failure_fraction
-        failed, calls = self._failed[name], self._calls[name]
-        if failed <= limit * calls:
-            return
-        at_least = "at least " if self._pending else ""
-        first = {
-            key.rpartition("/")[2]: text
-            for key, text in self._scorer.first_errors.items()
-            if key.rpartition("/")[0] == name and key in self._scorer.failures
-        }
-        errors = "; ".join(f"first {kind}: {text}" for kind, text in first.items())
-        raise RewardError(
-            f"reward {name!r} failed for {at_least}{failed} of {calls} rollouts, more than "
-            f"rewards.max_failure_fraction {limit}; {errors}"
-        )
+        if self._judged:
+            at_least = "at least " if self._pending else ""
+            self._scorer.stop_if_too_many(name, self._failed[name], self._calls[name], at_least)
+
+
+def _not_started(error: BaseException) -> RewardError:
+    timed_out = isinstance(error, FutureTimeoutError)
+    why = f"no answer within {_START_SECONDS:g} s" if timed_out else describe(error)
+    return RewardError(
+        f"the reward workers did not start ({why}); a script that trains needs "
+        f'`if __name__ == "__main__":` around what it runs'
+    )
 
 
 def _worker_context(specs: Sequence[RewardSpec]) -> Any:
@@ -408,6 +501,12 @@ def _worker_context(specs: Sequence[RewardSpec]) -> Any:
     used = {spec.function for spec in specs}
     heavy = [module for name, module in _HEAVY_MODULES.items() if name in used]
     context.set_forkserver_preload(["recap_fast.rewards.scorer", *heavy])
+    # The server inherits what is blocked here, and so outlives what ends the group.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_GROUPS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

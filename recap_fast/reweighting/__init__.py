@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from recap_fast.lazy import hand_on
 
 if TYPE_CHECKING:
+    from recap_fast.reweighting.balance import GradientBalance
     from recap_fast.reweighting.base import Reweighter
     from recap_fast.reweighting.recap import RecapReweighter, make_reweighter
 
 __all__ = [
+    "GradientBalance",
     "RecapReweighter",
     "Reweighter",
     "make_reweighter",
@@ -22,6 +24,7 @@ __all__ = [
 __getattr__ = hand_on(
     __name__,
     {
+        "GradientBalance": "balance",
         "RecapReweighter": "recap",
         "Reweighter": "base",
         "make_reweighter": "recap",

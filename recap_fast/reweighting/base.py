@@ -36,6 +36,8 @@ class Reweighter(ABC):
         rates: [K] float32, above 1 while the objective improves; NaN where the method has none.
         instabilities: [K] float32, relative deviation; NaN where the method has none.
         priorities: [K] float32, what the method ranks objectives by; NaN while not ready.
+        retentions: [K] float32, relative drop below the objective's best beyond the noise, NaN
+            while not ready; None where the method does not look for one.
 
     Args:
         num_objectives: K.
@@ -65,6 +67,7 @@ class Reweighter(ABC):
         self.rates = self._buffer("rates", math.nan, dtype=torch.float32)
         self.instabilities = self._buffer("instabilities", math.nan, dtype=torch.float32)
         self.priorities = self._buffer("priorities", math.nan, dtype=torch.float32)
+        self.retentions: Tensor | None = None
 
     @torch.no_grad()
     def update(
@@ -190,6 +193,19 @@ class WindowedReweighter(Reweighter):
         newer = self._values.masked_fill(age >= columns // 2, 0.0).sum(dim=-1)
         older = self._values.masked_fill(age < columns // 2, 0.0).sum(dim=-1)
         return newer / (columns // 2), older / (columns // 2)
+
+    def _last_values(self) -> Tensor:
+        """The value pushed last, [K]; meaningless before the first."""
+        slot = (self._counts - 1) % len(self._slots)
+        return self._values.gather(-1, slot.unsqueeze(-1)).squeeze(-1)
+
+    def _successive_variance(self) -> Tensor:
+        """sum (x_i - x_(i-1))^2 / (2 (n - 1)) over the n values of the ring's newer half, [K]."""
+        columns = len(self._slots)
+        pairs = columns // 2 - 1
+        age = (self._counts.unsqueeze(-1) - 1 - self._slots) % columns
+        steps = self._values - self._values.roll(1, dims=-1)
+        return steps.square().masked_fill(age >= pairs, 0.0).sum(dim=-1) / (2 * pairs)
 
     def _deviation_from(self, center: Tensor) -> Tensor:
         """sqrt(sum (value - center)^2 / (columns - 1)) over the whole ring, [K]."""

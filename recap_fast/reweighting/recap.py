@@ -60,6 +60,15 @@ __all__ = [
 
 Deviation = Literal["window", "current"]
 
+NOISE_MULTIPLE = 4.0
+"""Deviations of a windowed mean that count as noise, on either side of a drop."""
+
+NOISE_MEMORY = 10
+"""Windows over which the long-run estimate of the noise averages."""
+
+MIN_RETENTION_WINDOW = 4
+"""Fewer values say too little of their own noise."""
+
 
 class RecapReweighter(WindowedReweighter):
     """RECAP's dynamic weights (arXiv 2510.21978v2, Algorithm 2). One kernel launch on CUDA.
@@ -67,6 +76,22 @@ class RecapReweighter(WindowedReweighter):
     With mu the mean of the last W values, mu~ that of the W before, and sigma the deviation of
     the 2W: rate c = mu~/mu for a loss and mu/mu~ for a reward, instability i = sigma/(mu + mu~),
     priority s = c + i, weight = K softmax(s/T). An objective with fewer than 2W values weighs 1.
+
+    `retention` is ours, not the paper's, in which forgetting lowers c and with it the weight: it
+    adds `retention` times r, the relative drop of mu below the best windowed mean so far, beyond
+    what noise explains. For a reward
+
+        r = max(0, best - m e - mu) / max(|best|, m e),    best = max over the steps of mu - m e,
+
+    and for a loss the same with mu's sign turned. e is the deviation of mu:
+    e^2 = max(v, v') / W, where v is half the mean square of the differences between successive
+    values (von Neumann et al. 1941: a trend hardly enters it) over the last W values and v' is v
+    over the last 10 W or so. Because each mean pays for its own noise before it may become the
+    best, a long run does not inflate the best. m = 4 is from a simulation of stationary noise:
+    normal, uniform, exponential, lognormal, Student's t, means of 1 to 32 binary rewards with p
+    from 0.05 to 0.995. Over 1,500 steps r is above 0 in at most 0.04 % of them at W = 10 and in
+    0.23 % at W = 4; with m = 3 in up to 0.42 % at W = 10. A lasting drop shows from 5 to 6 e on.
+    With `retention` an objective takes part from W values on, at c = 1 and i = 0 until it has 2W.
 
     Values should be of one sign, as losses and rewards from 0 up are: then i <= sqrt(W/2). Where
     mu + mu~ crosses zero, i is bounded by `MIN_DENOMINATOR` only.
@@ -80,7 +105,10 @@ class RecapReweighter(WindowedReweighter):
         std: sigma's centre: "window", the mean of the 2W values (Algorithm 2), or "current", mu
             (Section 4). Both divide by 2W - 1.
         max_rate: c is clamped to [-max_rate, max_rate], so that a reward which leaves 0 does not
-            take all the weight; None: no clamp.
+            take all the weight, and r to at most max_rate; None: no clamp.
+        retention: the factor of r in s, with and without alpha. A drop of d raises the objective's
+            share by about the factor exp(retention d / T). 0: no r, `retentions` is None and the
+            state has no entries for it.
         device: where the buffers live; None: torch's default device.
 
     Raises:
@@ -96,6 +124,7 @@ class RecapReweighter(WindowedReweighter):
         signals: Signal | Sequence[Signal] = "loss",
         std: Deviation = "window",
         max_rate: float | None = 10.0,
+        retention: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
         self.window = checked_int("window", window)
@@ -105,9 +134,23 @@ class RecapReweighter(WindowedReweighter):
             raise ValueError(f"alpha must be None or a number in [0, 1], got {alpha!r}")
         if std not in get_args(Deviation):
             raise ValueError(f"std must be one of {get_args(Deviation)}, got {std!r}")
+        if not is_number(retention) or retention < 0:
+            raise ValueError(f"retention must be a finite number >= 0, got {retention!r}")
+        if retention > 0 and window < MIN_RETENTION_WINDOW:
+            raise ValueError(
+                f"window must be >= {MIN_RETENTION_WINDOW} with retention > 0, got {window}"
+            )
         self.alpha = alpha
         self.std = std
+        self.retention = retention
         super().__init__(num_objectives, 2 * window, signals, device)
+        self._best: Tensor | None = None
+        self._noise: Tensor | None = None
+        if retention > 0:
+            self._best = self._buffer("best", math.inf)
+            self._best.masked_fill_(self._is_reward, -math.inf)
+            self._noise = self._buffer("noise", 0.0)
+            self.retentions = self._buffer("retentions", math.nan, dtype=torch.float32)
         self._in_one_launch = resolve_impl("auto", self.device, torch.float32) == "triton"
 
     def _advance(self, values: Tensor, present: Tensor | None, deviations: Tensor | None) -> Tensor:
@@ -125,17 +168,22 @@ class RecapReweighter(WindowedReweighter):
             rates=self.rates,
             instabilities=self.instabilities,
             priorities=self.priorities,
+            best=self._best,
+            noise=self._noise,
+            retentions=self.retentions,
             temperature=self.temperature,
             alpha=self.alpha,
             max_rate=self.max_rate,
             from_current_mean=self.std == "current",
+            retention=self.retention,
         )
 
     def _score(
         self, values: Tensor, observed: Tensor, deviations: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        self._follow_noise(values, observed)
         self._push(values, observed)
-        ready = self._counts >= len(self._slots)
+        ready = full = self._counts >= len(self._slots)
         mu, mu_before = self._window_means()
         c = bounded_ratio(
             torch.where(self._is_reward, mu, mu_before),
@@ -144,11 +192,40 @@ class RecapReweighter(WindowedReweighter):
         )
         sigma = self._deviation_from(mu if self.std == "current" else (mu + mu_before) / 2)
         i = sigma / away_from_zero(mu + mu_before)
+        self.rates.copy_(c.masked_fill(~full, math.nan))
+        self.instabilities.copy_(i.masked_fill(~full, math.nan))
+        if self.retentions is not None:
+            ready = self._counts >= self.window
+            c, i = c.masked_fill(~full, 1.0), i.masked_fill(~full, 0.0)
         s = c + i if self.alpha is None else self.alpha * c + (1 - self.alpha) * i
-        self.rates.copy_(c.masked_fill(~ready, math.nan))
-        self.instabilities.copy_(i.masked_fill(~ready, math.nan))
+        if self.retentions is not None:
+            r = self._drop(mu, ready)
+            self.retentions.copy_(r.masked_fill(~ready, math.nan))
+            s = s + self.retention * r
         self._publish_priorities(s, ready)
         return s / self.temperature, ready
+
+    def _follow_noise(self, values: Tensor, observed: Tensor) -> None:
+        """Average in half the square of the step from the last value to `values` [K]."""
+        if self._noise is None:
+            return
+        square = (values - self._last_values()).square() / 2
+        share = 1.0 / self._counts.clamp(1, NOISE_MEMORY * self.window).double()
+        noise = self._noise * (1 - share) + square * share
+        self._noise.copy_(torch.where(observed & (self._counts > 0), noise, self._noise))
+
+    def _drop(self, mu: Tensor, ready: Tensor) -> Tensor:
+        """r [K], after `mu` [K] has had its chance to become the best."""
+        assert self._best is not None
+        assert self._noise is not None
+        variance = torch.maximum(self._successive_variance(), self._noise)
+        floor = NOISE_MULTIPLE * (variance / self.window).sqrt()
+        height = torch.where(self._is_reward, mu, -mu)
+        best = torch.where(self._is_reward, self._best, -self._best)
+        best = torch.where(ready & (height - floor > best), height - floor, best)
+        self._best.copy_(torch.where(self._is_reward, best, -best))
+        drop = (best - floor - height).clamp_min(0)
+        return bounded_ratio(drop, torch.maximum(best.abs(), floor), self.max_rate)
 
 
 REWEIGHTERS: dict[str, type[Reweighter]] = {
@@ -165,9 +242,16 @@ REWEIGHTERS: dict[str, type[Reweighter]] = {
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Algorithm 2 has no clamp. The other values are our defaults too (docs/recap.md says why), but
-    # stay what they are here if those change.
-    "paper": {"window": 10, "temperature": 5.0, "alpha": None, "std": "window", "max_rate": None},
+    # Algorithm 2 has neither a clamp nor retention. The other values are our defaults too
+    # (docs/recap.md says why), but stay what they are here if those change.
+    "paper": {
+        "window": 10,
+        "temperature": 5.0,
+        "alpha": None,
+        "std": "window",
+        "max_rate": None,
+        "retention": 0.0,
+    },
 }
 """Named parameters of "recap"."""
 

@@ -21,13 +21,15 @@ from recap_fast.model.attention import IMPLEMENTATION
 from recap_fast.model.train_mode import evaluating
 from recap_fast.model.vision import PackedImages, VisionAdapter, make_adapter
 from recap_fast.rollout.protocol import (
+    ExpectedWeights,
     OnGroup,
     build_rollouts,
     check_prompts,
+    iter_weights,
     prompt_seed,
     stop_token_ids,
 )
-from recap_fast.types import Prompt, Rollout, SamplingSpec
+from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,7 @@ class EmbeddedEngine:
 
     name = "transformers"
     version = transformers.__version__
+    ranks = 1
 
     def __init__(
         self,
@@ -82,7 +85,8 @@ class EmbeddedEngine:
         with inference_state(self._model, self.dtype):
             for batch in _batches(prompts, n, sampling.max_new_tokens):
                 rows = [prompts[index] for index in batch]
-                seeds = [prompt_seed(sampling.seed, i) + j for i in batch for j in range(n)]
+                firsts = [prompt_seed(sampling.seed, sampling.group(i)) for i in batch]
+                seeds = [first + j for first in firsts for j in range(n)]
                 decoder = _Decoder(
                     self._model, self._vision, rows, n, seeds, sampling, self._stop_ids
                 )
@@ -94,17 +98,41 @@ class EmbeddedEngine:
                         sampling.n,
                         self._stop_ids,
                         self._tokenizer,
-                        first_group=index,
+                        first_group=sampling.group(index),
                     )
                     if on_group is not None:
                         on_group(groups[index])
         return [rollout for group in groups for rollout in group]
 
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def any_rank(self, here: bool) -> bool:
+        return here
+
+    def sleep(self) -> None:
+        """Nothing to give back between batches."""
+
+    def sync_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int = 0
+    ) -> None:
         """Nothing to do: the engine samples from the trained module."""
 
     def close(self) -> None:
         """Nothing to give back: the module is the trainer's."""
+
+
+class DetachedEngine(EmbeddedEngine):
+    """Samples from a model of its own, where the trained one is in shards: each process then
+    generates by itself, however many tokens its prompts take."""
+
+    def sync_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int = 0
+    ) -> None:
+        own = dict(iter_weights(self._model))
+        expected = ExpectedWeights(own)
+        for name, tensor in expected.watch(named_tensors):
+            if name not in own:
+                raise WeightSyncError(f"the engine's model has no weight {name}")
+            own[name].copy_(tensor)
+        expected.check(f"{self.name} {self.version}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.config import RolloutConfig
+from recap_fast.model.sharding import compute_device
 from recap_fast.model.vision import make_adapter
 from recap_fast.rollout.embedded import (
     forward_logits,
@@ -86,18 +87,23 @@ def weight_differences(
     """
     if not isinstance(engine, InspectableEngine):
         return {}
-    weights = dict(named_tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes, columns = {}, {}
+    for name, tensor in named_tensors:  # one at a time: some are made for this alone
+        shapes[name] = tuple(tensor.shape)
+        columns[name] = _columns(tensor.detach(), engine.dtype)
     differences = {}
     for name, actual in engine.read_columns(shapes, _PROBED_COLUMNS).items():
-        wanted = weights[name].detach()
-        if wanted.ndim == 2:
-            picks = column_picks(wanted.shape[1], _PROBED_COLUMNS)
-            wanted = wanted[:, picks.to(wanted.device)]
-        wanted = wanted.to(engine.dtype).float().cpu()
+        wanted = columns[name]
         scale = max(wanted.norm().item(), actual.norm().item(), 1e-30)
         differences[name] = (wanted - actual).norm().item() / scale
     return differences
+
+
+def _columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.ndim == 2:
+        picks = column_picks(weight.shape[1], _PROBED_COLUMNS)
+        weight = weight[:, picks.to(weight.device)]
+    return weight.to(dtype).float().cpu()
 
 
 class MismatchGuard:
@@ -115,8 +121,12 @@ class MismatchGuard:
         self._engine = engine
         self._model = model
 
-    def check(self, mean: float, max: float, step: int) -> None:
+    def check(self, mean: float, max: float, step: int, staleness: int = 0) -> None:
         """Judges one step's mismatch, given as host numbers.
+
+        Args:
+            staleness: optimizer steps since the oldest of the weights that sampled the step. Above
+                0 the difference is mostly what the policy has changed, of which nobody is warned.
 
         Raises:
             WeightSyncError: the mean is above the configured maximum, or not a number.
@@ -126,9 +136,9 @@ class MismatchGuard:
             raise WeightSyncError(
                 f"step {step}: log-probs from {self._engine.name} {self._engine.version} differ "
                 f"from the trainer's by {mean:.3g} on average (at most {max:.3g}); "
-                f"rollout.max_logprob_diff is {stop}. {self._cause(mean)}"
+                f"rollout.max_logprob_diff is {stop}. {self._cause(mean, staleness)}"
             )
-        if mean > self._config.warn_logprob_diff:
+        if mean > self._config.warn_logprob_diff and not staleness:
             logger.warning(
                 "step %d: log-probs from %s %s differ from the trainer's by %.3g on average (at "
                 "most %.3g); rollout.warn_logprob_diff is %g",
@@ -140,12 +150,19 @@ class MismatchGuard:
                 self._config.warn_logprob_diff,
             )
 
-    def _cause(self, mean: float) -> str:
+    def _cause(self, mean: float, staleness: int) -> str:
         if not math.isfinite(mean):
             return "Log-probs that are not numbers come from weights that have diverged."
         differences = {}
         if self._model is not None:
-            differences = weight_differences(self._engine, iter_weights(self._model))
+            differences = weight_differences(
+                self._engine, iter_weights(self._model, self._engine.dtype)
+            )
+        if staleness and not _stale(differences, _STALE):
+            return (
+                f"Tokens are up to {staleness} optimizer steps old, and the policy has moved on "
+                f"since: lower optimizer.learning_rate or rollout.async, or raise the bound."
+            )
         return _explain(differences, _STALE)
 
 
@@ -213,7 +230,7 @@ def verify_sync(
     """
     tolerance = _TOLERANCE[engine.dtype] if tolerance is None else tolerance
     rollouts = engine.generate(prompts, SamplingSpec(1, max_new_tokens, 0.0, 0))
-    differences = weight_differences(engine, iter_weights(model))
+    differences = weight_differences(engine, iter_weights(model, engine.dtype))
     stale = _stale(differences, 0.0)
     with inference_state(model, engine.dtype):
         pairs = [
@@ -239,7 +256,8 @@ def sequence_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: flo
     """The model's own log-probs of a rollout's tokens, [number of tokens] float32."""
     vision = make_adapter(model)
     prompt, count = rollout.prompt, len(rollout.token_ids)
-    ids = torch.tensor([prompt.token_ids + rollout.token_ids], device=model.device)
+    device = compute_device(model)
+    ids = torch.tensor([prompt.token_ids + rollout.token_ids], device=device)
     positions = left_padded_positions([prompt], vision)
     following = positions.amax(-1, keepdim=True) + torch.arange(1, count + 1)
     # The logits at a position predict the next token; the last position's are not needed.
@@ -247,9 +265,9 @@ def sequence_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: flo
         model,
         vision,
         ids,
-        pack_left_padded([prompt], vision, model.device),
+        pack_left_padded([prompt], vision, device),
         logits_to_keep=count + 1,
-        position_ids=torch.cat([positions, following], -1).to(model.device),
+        position_ids=torch.cat([positions, following], -1).to(device),
         use_cache=False,
     )[0, :-1]
     logprobs = (logits.float() / temperature).log_softmax(-1)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recap_fast.model.chat_template import turn_end_id
+from recap_fast.model.lora import is_of_adapter, merged_weights, plain_name
 from recap_fast.model.vision import VisionAdapter, VisionError
-from recap_fast.types import FinishReason, Prompt, Rollout, SamplingSpec, UserError
+from recap_fast.types import (
+    FinishReason,
+    Prompt,
+    Rollout,
+    SamplingSpec,
+    UserError,
+    WeightSyncError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +27,10 @@ if TYPE_CHECKING:
 
 class EngineError(UserError):
     """An engine that cannot run here, or prompts that it cannot take."""
+
+
+class SamplingStoppedError(UserError):
+    """An engine has given up waiting for its servers, because the run is to stop."""
 
 
 OnGroup = Callable[[Sequence[Rollout]], None]
@@ -32,6 +44,9 @@ class RolloutEngine(Protocol):
     version: str
     dtype: torch.dtype
     """What the engine computes in; log-probs can agree with the trainer's only that closely."""
+    ranks: int
+    """How many processes sample together, neighbours by rank. Each gives the same prompts and the
+    same `sampling`, and gets the same rollouts and calls of `on_group` in the same order."""
 
     def generate(
         self,
@@ -55,8 +70,21 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over the trainer's weights, as `iter_weights` gives them.
+    def any_rank(self, here: bool) -> bool:
+        """Whether it is so in one of the processes that sample together, all of which ask."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back, until the next sync, the memory that only sampling needs."""
+        ...
+
+    def sync_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int = 0
+    ) -> None:
+        """Takes over the trainer's weights, as `iter_weights` gives them. Wakes the engine.
+
+        Args:
+            policy_version: optimizer steps since the start.
 
         Raises:
             WeightSyncError: the stream was incomplete, or the engine did not take it.
@@ -68,20 +96,79 @@ class RolloutEngine(Protocol):
         ...
 
 
-def iter_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All weights under their Hugging Face names, in layer order; views, not copies.
+@runtime_checkable
+class Stoppable(Protocol):
+    """An engine that waits for servers, which may be gone for longer than a run that is to stop
+    shall wait."""
 
-    A tied head is sent under its own name too: vLLM keeps its old head when it is left out, and
-    says nothing.
+    def heed(self, stop: Sequence[int]) -> None:
+        """From now on, once `stop` is filled from outside, `sync_weights` and, where no server is
+        there, `generate` end soon, with `SamplingStoppedError`."""
+        ...
+
+
+def iter_weights(
+    model: PreTrainedModel, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """All weights under their Hugging Face names, in layer order; views, not copies, but for those
+    with adapters, to which these are added one at a time.
+
+    Those of a sharded model are gathered, a layer or several at a time, which every process takes
+    part in.
+
+    A tied head is sent under its own name too, behind the embedding: vLLM keeps its old head when
+    it is left out, and says nothing.
+
+    Args:
+        dtype: the engine's; where it is narrower, shards are cast before they are gathered.
     """
-    seen = set()
-    for name, tensor in model.state_dict().items():
-        seen.add(name)
-        yield name, tensor.detach()
-    head = model.get_output_embeddings()
-    head_name = next((name for name, module in model.named_modules() if module is head), None)
-    if head_name is not None and f"{head_name}.weight" not in seen:
-        yield f"{head_name}.weight", head.weight.detach()
+    return merged_weights(model, dtype)
+
+
+def weight_names(model: PreTrainedModel) -> frozenset[str]:
+    """The names that `iter_weights` gives, for which nothing is gathered."""
+    return frozenset(weight_shapes(model))
+
+
+def weight_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The same with their whole shapes."""
+    return {
+        plain_name(name): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not is_of_adapter(name)
+    }
+
+
+class ExpectedWeights:
+    """Sees, while an engine takes weights over, whether they are all there.
+
+    Args:
+        names: what a complete stream contains.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._missing = set(names)
+
+    def watch(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same stream, noted as it goes by."""
+        for name, tensor in named_tensors:
+            self._missing.discard(name)
+            yield name, tensor
+
+    def check(self, engine: str) -> None:
+        """Raises `WeightSyncError` where something has not come by.
+
+        Args:
+            engine: its name and version, for the message.
+        """
+        if not self._missing:
+            return
+        names, limit = sorted(self._missing), 5
+        rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+        raise WeightSyncError(
+            f"{engine} was sent an incomplete set of weights; it lacked "
+            f"{', '.join(names[:limit])}{rest}"
+        )
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -136,21 +223,27 @@ def build_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     first_group: int = 0,
+    versions: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> list[Rollout]:
     """Makes the records from each prompt's completions (token ids and log-probs).
 
     A greedy engine gives one completion a prompt, which stands for all n. Texts keep all tokens but
     the one that stopped: tags such as <think> are special tokens of some tokenizers.
+
+    Args:
+        versions: of each token of each completion, `Rollout.versions`.
     """
     rollouts = []
-    pairs = zip(prompts, completions, strict=True)
-    for group, (prompt, samples) in enumerate(pairs, start=first_group):
-        for token_ids, logprobs in list(samples) * (n // len(samples)):
+    for place, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
+        group = first_group + place
+        known = versions[place] if versions is not None else [()] * len(samples)
+        pairs = list(zip(samples, known, strict=True))
+        for (token_ids, logprobs), sampled_by in pairs * (n // len(samples)):
             stopped = bool(token_ids) and token_ids[-1] in stop_ids
             reason: FinishReason = "stop" if stopped else "length"
             said = token_ids[:-1] if stopped else token_ids
             text = tokenizer.decode(said, skip_special_tokens=False)
-            rollouts.append(Rollout(prompt, group, token_ids, logprobs, reason, text))
+            rollouts.append(Rollout(prompt, group, token_ids, logprobs, reason, text, sampled_by))
     return rollouts
 
 

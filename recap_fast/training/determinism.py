@@ -8,11 +8,14 @@ flash attention's backward pass. Nothing of the kind happens on a CPU, nor in ou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from recap_fast.model.sharding import Sliceable
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -46,3 +49,22 @@ def determinism(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
         settings.fill_uninitialized_memory = filled
+
+
+def generator_states(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """States of torch's own generators in this process, by kind and rank."""
+    states = {f"cpu/{rank}": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"cuda/{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: Mapping[str, Sliceable], rank: int, device: torch.device) -> None:
+    """Takes back what `generator_states` gave. A rank that was not there before keeps its own.
+
+    Earlier releases, of one process, gave no rank.
+    """
+    for kind, restore in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        state = states.get(f"{kind}/{rank}", states.get(kind) if rank == 0 else None)
+        if state is not None and kind in ("cpu", device.type):
+            restore(state[...])

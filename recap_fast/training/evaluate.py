@@ -13,18 +13,29 @@ from recap_fast.config import TrainConfig
 from recap_fast.data.images import load_image_encoder
 from recap_fast.data.mix import DataStream
 from recap_fast.model.batch import PackedBatch
-from recap_fast.model.policy import Head, Policy, load_policy, load_tokenizer, resolve_model
+from recap_fast.model.hub import model_folder
+from recap_fast.model.lora import base_of, is_adapter
+from recap_fast.model.model_path import resolve_model
+from recap_fast.model.policy import Policy, load_tokenizer
+from recap_fast.model.shapes import load_shapes
+from recap_fast.model.sharded_load import load_sharded_policy
 from recap_fast.model.train_mode import evaluating
+from recap_fast.ops import linear_token_statistics
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.rewards.scorer import RewardScorer
-from recap_fast.rollout.factory import make_engine
+from recap_fast.rollout.factory import check_tensor_parallel
 from recap_fast.rollout.protocol import RolloutEngine, iter_weights
+from recap_fast.training.distributed import (
+    ALONE,
+    World,
+    check_divisors,
+    is_launched_with_others,
+    start_world,
+)
+from recap_fast.training.engine import start_engine
 from recap_fast.training.packing import pack_update
 from recap_fast.training.scored_rollouts import generate_and_score
 from recap_fast.types import Prompt, SamplingSpec, SupervisedRow
-
-_ROWS_PER_CHUNK = 1024
-"""Rows of logits held at a time: 1024 x 152k float32 is 0.6 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,7 @@ class Evaluator:
     engine: RolloutEngine
     scorer: RewardScorer
     stream: DataStream
+    world: World = ALONE
 
     def run(self) -> dict[str, float]:
         """Returns eval/<source>/<metric>: mean rewards of greedy completions under their
@@ -57,7 +69,7 @@ class Evaluator:
     def _generate_and_score(self, name: str, prompts: Sequence[Prompt]) -> dict[str, float]:
         limit = self.config.evaluation.max_new_tokens or self.config.rollout.max_new_tokens
         greedy = SamplingSpec(n=1, max_new_tokens=limit, temperature=0.0, seed=0)
-        scored = generate_and_score(self.engine, self.scorer, prompts, greedy)
+        scored = generate_and_score(self.engine, self.scorer, prompts, greedy, world=self.world)
         assert scored is not None, "nothing stops an evaluation"
         rollouts, rewards = scored.rollouts, scored.rewards.values
         metrics = {}
@@ -82,11 +94,14 @@ class Evaluator:
             max_tokens=self.config.training.max_tokens,
             attention=self.policy.attention,
             vision=self.policy.vision,
+            rank=self.world.rank,
+            size=self.world.size,
         )
         totals = torch.zeros(2, dtype=torch.float32, device=self.policy.device)
         with evaluating(self.policy.model):
             for batch in update.batches:
                 totals += _loss_and_hits(self.policy, batch.to(self.policy.device))
+        totals, _ = self.world.sum_and_max(totals, totals[:0])
         count = sum(len(row.token_ids) - row.num_prompt_tokens for row in rows)
         loss, hits = (totals / count).tolist()
         return loss, hits
@@ -94,55 +109,53 @@ class Evaluator:
 
 def _loss_and_hits(policy: Policy, batch: PackedBatch) -> Tensor:
     """Sums over the batch's targets: [2], loss and first choices."""
-    head = policy.head
-    weight = head.weight.to(policy.compute_dtype)
-    totals = torch.zeros(2, dtype=torch.float32, device=policy.device)
-    chunks = zip(
-        policy.hidden(batch).split(_ROWS_PER_CHUNK),
-        batch.targets.split(_ROWS_PER_CHUNK),
-        strict=True,
-    )
-    for hidden, targets in chunks:
-        logits = _logits(hidden, weight, head)
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(-1) == targets).sum()])
+
+    def count(hidden: Tensor) -> Tensor:
+        head = policy.head
+        found = linear_token_statistics(
+            hidden, head.weight, batch.targets, bias=head.bias, logit_softcap=head.softcap
+        )
+        return torch.stack([-found.logprobs.sum(), found.is_top1.sum()])
+
+    totals: Tensor = policy.score(batch, count)
     return totals
-
-
-def _logits(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    if head.bias is not None:
-        logits += head.bias.float()
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits
 
 
 def evaluate_model(config: TrainConfig, path: str) -> dict[str, float]:
     """Evaluates one model on a configuration's held-out rows, outside of a training run.
 
+    Where torchrun has started several processes, the model is sharded over them, each samples and
+    scores a part of the prompts, and all return the same.
+
     Args:
         path: the model: what `ModelConfig.path` takes, or a checkpoint's folder.
     """
-    path = resolve_model(path)
-    tokenizer = load_tokenizer(path)
-    images = load_image_encoder(path, config.data)
+    world = start_world(config) if is_launched_with_others() else ALONE
+    try:
+        with world.failures_named():
+            return _evaluate_model(config, path, world)
+    finally:
+        world.close()
+
+
+def _evaluate_model(config: TrainConfig, path: str, world: World) -> dict[str, float]:
+    world.stage = "evaluating"
+    find_model = model_folder if world.size > 1 else resolve_model
+    base = world.one_by_host(lambda: find_model(base_of(path)))
+    path = path if is_adapter(path) else base
+    if config.rollout.tensor_parallel_size > 1:
+        if world.size == 1:
+            check_divisors(config, "1 process", 1)
+        check_tensor_parallel(config.rollout, load_shapes(base))
+    tokenizer = load_tokenizer(base)
+    images = load_image_encoder(base, config.data)
     stream = DataStream(config.data, tokenizer, config.seed, images)
     with RewardScorer(config.data.sources, config.objectives, config.rewards) as scorer:
-        policy = load_policy(config.model, path)
+        policy = world.together(lambda: load_sharded_policy(config.model, path, world.mesh))
         policy.check_length(config.max_sequence_tokens)
-        engine = make_engine(
-            config.rollout,
-            model=policy.model,
-            model_path=path,
-            tokenizer=tokenizer,
-            max_model_len=config.max_rollout_tokens,
-            seed=config.seed,
-            device=policy.device,
-            image_pixels=images.pixel_budget if images else None,
-        )
+        engine = start_engine(config, policy, base, tokenizer, images, world)
         try:
-            engine.sync_weights(iter_weights(policy.model))
-            return Evaluator(config, policy, engine, scorer, stream).run()
+            engine.sync_weights(iter_weights(policy.model, engine.dtype))
+            return Evaluator(config, policy, engine, scorer, stream, world).run()
         finally:
             engine.close()

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recap_fast.config import TrainConfig
-from recap_fast.model.policy import load_tokenizer, pick_device, resolve_model
+from recap_fast.model.lora import base_of, is_adapter
+from recap_fast.model.model_path import resolve_model
+from recap_fast.model.policy import load_tokenizer, pick_device
 from recap_fast.types import UserError
 
 Harness = Literal["lm-eval", "lmms-eval"]
@@ -57,8 +59,9 @@ def evaluate_tasks(
         HarnessError: the harness is not installed, does not know a task or the model, or cannot
             reach a task's dataset.
     """
-    path = resolve_model(path)
-    kind = _model_type(path)
+    base = resolve_model(base_of(path))
+    adapters = path if is_adapter(path) else None
+    kind = _model_type(base)
     harness = harness or ("lmms-eval" if kind in _LMMS_MODELS else "lm-eval")
     module = _MODULES[harness]
     if find_spec(module) is None:
@@ -69,7 +72,7 @@ def evaluate_tasks(
     folder = None if task_folder is None else str(task_folder)
     manager = import_module(f"{module}.tasks").TaskManager(include_path=folder)
     _check_tasks(tasks, manager.all_tasks, harness)
-    model, arguments = _model_arguments(harness, kind, path, config)
+    model, arguments = _model_arguments(harness, kind, base, adapters, config)
     results = _run(
         harness,
         model=model,
@@ -79,7 +82,7 @@ def evaluate_tasks(
         limit=limit,
         batch_size=batch_size,
         device=str(pick_device(config.model.device)),
-        apply_chat_template=load_tokenizer(path).chat_template is not None,
+        apply_chat_template=load_tokenizer(base).chat_template is not None,
         log_samples=False,
         random_seed=config.seed,
     )
@@ -101,15 +104,18 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str], harness: Harness) -
 
 
 def _model_arguments(
-    harness: Harness, kind: str, path: str, config: TrainConfig
+    harness: Harness, kind: str, path: str, adapters: str | None, config: TrainConfig
 ) -> tuple[str, dict[str, Any]]:
     """The harness's name for the model's class, and that class's arguments."""
     if harness == "lm-eval":
         name = "hf-multimodal" if kind in _LMMS_MODELS else "hf"
-        return name, {"pretrained": path, "dtype": config.model.dtype}
+        peft = {} if adapters is None else {"peft": adapters}
+        return name, {"pretrained": path, "dtype": config.model.dtype, **peft}
     if kind not in _LMMS_MODELS:
         known = ", ".join(_LMMS_MODELS)
         raise HarnessError(f"lmms-eval is wanted for a model of type {kind}; it runs {known} here")
+    if adapters is not None:
+        raise HarnessError(f"lmms-eval loads whole models, and {adapters} holds LoRA adapters")
     # Its classes load in the checkpoint's own dtype and refuse arguments that they do not know.
     return _LMMS_MODELS[kind], {"pretrained": path}
 

@@ -9,7 +9,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from recap_fast.model.attention_layout import Segment
 from recap_fast.model.batch import PackedBatch
 from recap_fast.model.upload import to_device
 from recap_fast.model.vision import VisionAdapter, VisionError
+from recap_fast.ops._validate import IGNORED_TARGET
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.types import ImageInput, Rollout, SupervisedRow
 
@@ -29,15 +30,19 @@ MAX_OVERFILL = 1.05
 
 @dataclass(frozen=True, slots=True)
 class PackedUpdate:
-    """All passes of one optimizer step, and what they share. S sequences, K objectives."""
+    """A process's passes of one optimizer step, and what all passes share.
+
+    S sequences of all processes, K objectives.
+    """
 
     batches: list[PackedBatch]
     advantages: Tensor  # [S, K] float32; NaN where the objective is absent
     denominators: Tensor  # [K] float32
     kl_denominator: Tensor  # [] float32
     counts: Tensor  # [K] float32, like the denominators but 0 where an objective is absent
-    num_policy_tokens: int  # that enter the loss, over all batches
-    num_packed_tokens: int
+    num_policy_tokens: int  # that enter the loss, over all processes' batches
+    num_packed_tokens: int  # over all processes' batches
+    has_images: bool  # of any process's batches
 
     def to(self, device: torch.device) -> PackedUpdate:
         return to_device(self, device)
@@ -53,6 +58,7 @@ class _Sequence:
     group: int  # sequences of a group share their prompt; -1: shares with none
     images: tuple[ImageInput, ...]  # of the prompt
     row: str  # for messages
+    num_image_tokens: int  # of the prompt's
 
 
 def pack_update(
@@ -66,6 +72,8 @@ def pack_update(
     share_prefixes: bool = True,
     attention: Backend = SDPA,
     vision: VisionAdapter | None = None,
+    rank: int = 0,
+    size: int = 1,
 ) -> PackedUpdate:
     """Packs the rows of one optimizer step.
 
@@ -80,22 +88,25 @@ def pack_update(
         share_prefixes: whether rollouts of a group share their prompt's tokens.
         attention: what the batches are laid out for; all models that run them must be able to.
         vision: the model's adapter, if it has one.
+        rank: of the `size` processes that pack the same rows, which one's passes to pack. All have
+            the same number, of about the same cost: tokens, and what the vision tower takes to make
+            those of images. Empty ones where rows run out.
 
     Raises:
         ValueError: a sequence alone has more than `max_tokens` tokens.
         VisionError: a row's images do not fit its tokens, or the model takes none.
     """
     num_objectives = advantages.shape[1]
-    sequences = _to_sequences(rollouts, supervised, supervised_objectives)
+    sequences = _to_sequences(rollouts, supervised, supervised_objectives, vision)
     table = np.full((len(sequences), num_objectives), np.nan, dtype=np.float32)
     table[: len(rollouts)] = advantages
     has_signal = np.any(np.nan_to_num(table), axis=1).tolist()
     keep_all = bool(config.kl_coef or config.entropy_coef)
     kept = [s for s in sequences if s.objective >= 0 or keep_all or has_signal[s.index]]
-    batches = [
-        _pack(chunk, share_prefixes, attention, vision)
-        for chunk in _split(kept, max_tokens, share_prefixes)
-    ]
+    # Passes of one process follow each other, whatever each costs; those of several run together.
+    image_cost = vision.token_cost if vision is not None and size > 1 else 0.0
+    chunks = list(_split(kept, max_tokens, share_prefixes, size, image_cost))
+    batches = [_pack(chunk, share_prefixes, attention, vision) for chunk in chunks[rank::size]]
     counts = torch.from_numpy(_counts(sequences, table, config))
     return PackedUpdate(
         batches=batches,
@@ -106,7 +117,8 @@ def pack_update(
             _count(sequences[: len(rollouts)], config), dtype=torch.float32
         ),
         num_policy_tokens=sum(len(s.completion) for s in kept if s.objective < 0),
-        num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
+        num_packed_tokens=sum(int(_Sizes.of(chunk, share_prefixes).starts[-1]) for chunk in chunks),
+        has_images=any(sequence.images for sequence in kept),
     )
 
 
@@ -114,11 +126,15 @@ def _to_sequences(
     rollouts: Sequence[Rollout],
     supervised: Sequence[SupervisedRow],
     supervised_objectives: Sequence[int],
+    vision: VisionAdapter | None,
 ) -> list[_Sequence]:
+    def num_image_tokens(images: Sequence[ImageInput]) -> int:
+        return 0 if vision is None else sum(vision.num_tokens(image) for image in images)
+
     sequences = [
         _Sequence(
             i, r.prompt.token_ids, r.token_ids, r.logprobs, -1, r.group, r.prompt.images,
-            f"{r.prompt.source}:{r.prompt.row}",
+            f"{r.prompt.source}:{r.prompt.row}", num_image_tokens(r.prompt.images),
         )
         for i, r in enumerate(rollouts)
     ]  # fmt: skip
@@ -128,7 +144,7 @@ def _to_sequences(
         sequences.append(
             _Sequence(
                 len(sequences), ids[:split], ids[split:], None, objective, -1, row.images,
-                f"{row.source}:{row.row}",
+                f"{row.source}:{row.row}", num_image_tokens(row.images),
             )
         )  # fmt: skip
     return sequences
@@ -156,20 +172,23 @@ def _counts(
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Packed tokens of any run of consecutive sequences. A run repeats its first group's prompt."""
+    """Packed tokens of any run of consecutive sequences, where one of an image counts as more. A
+    run repeats its first group's prompt."""
 
-    alone: list[int]  # of each sequence by itself
-    starts: list[int]  # of sequence i when all are packed end to end; one entry more, the end
-    extra: list[
-        int
-    ]  # prompt tokens that a run starting at sequence i packs once more; 0 at the end
+    alone: list[float]  # of each sequence by itself
+    starts: list[float]  # of sequence i when all are packed end to end; one entry more, the end
+    extra: list[float]  # of the prompt that a run starting at sequence i repeats; 0 at the end
 
     @classmethod
-    def of(cls, sequences: Sequence[_Sequence], share_prefixes: bool) -> _Sizes:
-        alone, starts, extra = [], [0], []
+    def of(
+        cls, sequences: Sequence[_Sequence], share_prefixes: bool, image_cost: float = 0.0
+    ) -> _Sizes:
+        alone: list[float] = []
+        starts: list[float] = [0]
+        extra: list[float] = []
         group = -1
         for sequence in sequences:
-            prompt = len(sequence.prompt)
+            prompt = len(sequence.prompt) + image_cost * sequence.num_image_tokens
             alone.append(prompt + len(sequence.completion) - 1)
             shares = share_prefixes and sequence.group >= 0 and sequence.group == group
             extra.append(prompt if shares else 0)
@@ -177,7 +196,7 @@ class _Sizes:
             group = sequence.group
         return cls(alone, starts, [*extra, 0])
 
-    def run(self, start: int, stop: int) -> int:
+    def run(self, start: int, stop: int) -> float:
         return self.starts[stop] - self.starts[start] + self.extra[start]
 
     def fullest(self, limit: float) -> list[int]:
@@ -199,9 +218,14 @@ def _fewest(stops: Sequence[int]) -> list[int]:
 
 
 def _split(
-    sequences: Sequence[_Sequence], max_tokens: int, share_prefixes: bool
+    sequences: Sequence[_Sequence],
+    max_tokens: int,
+    share_prefixes: bool,
+    multiple: int = 1,
+    image_cost: float = 0.0,
 ) -> Iterator[Sequence[_Sequence]]:
-    """As few passes as there can be, of about equal size, in order.
+    """As few passes as there can be, of about equal cost, in order; a multiple of `multiple`, the
+    last ones empty where there are not so many sequences.
 
     A group is parted only where that is worth more tokens of balance than its prompt has.
     """
@@ -210,6 +234,7 @@ def _split(
         raise ValueError(
             f"one sequence has {max(sizes.alone)} tokens, training.max_tokens is {max_tokens}"
         )
+    costs = _Sizes.of(sequences, share_prefixes, image_cost)
     stops = sizes.fullest(max_tokens)
     needed = _fewest(stops)
     # A pass reads and adds up to all weights' gradients: one less is worth a little memory.
@@ -218,12 +243,15 @@ def _split(
     if needed_stretched[0] < needed[0]:
         stops, needed = stretched, needed_stretched
     start = 0
-    for left in reversed(range(needed[0])):
+    for left in reversed(range(-(-needed[0] // multiple) * multiple)):
+        if start == len(sequences):
+            yield []
+            continue
         # Where the passes that are left can take the rest.
         ends = [end for end in range(start + 1, stops[start] + 1) if needed[end] <= left]
-        wanted = sizes.run(start, len(sequences)) / (left + 1)
-        costs = [abs(sizes.run(start, end) - wanted) + sizes.extra[end] for end in ends]
-        end = ends[costs.index(min(costs))]
+        wanted = costs.run(start, len(sequences)) / (left + 1)
+        off = [abs(costs.run(start, end) - wanted) + costs.extra[end] for end in ends]
+        end = ends[off.index(min(off))]
         yield sequences[start:end]
         start = end
 
@@ -235,6 +263,8 @@ def _pack(
     vision: VisionAdapter | None,
 ) -> PackedBatch:
     """Lays sequences end to end. The last token of each predicts nothing and is left out."""
+    if not sequences:
+        return _empty(attention, vision)
     ids: list[int] = []
     positions: list[Tensor] = []
     segments: list[Segment] = []
@@ -281,6 +311,13 @@ def _pack(
         ),
         images=vision.pack(images, image_index) if vision is not None and images else None,
     )
+
+
+def _empty(attention: Backend, vision: VisionAdapter | None) -> PackedBatch:
+    """One token that predicts an ignored one: a pass for the sake of the other processes."""
+    nothing = _Sequence(0, [0], [0], None, 0, -1, (), "", 0)
+    batch = _pack([nothing], share_prefixes=False, attention=attention, vision=vision)
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORED_TARGET))
 
 
 def _prompt_positions(sequence: _Sequence, vision: VisionAdapter | None) -> Tensor:

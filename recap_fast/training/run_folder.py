@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from recap_fast.config import ConfigError, TrainConfig, load_config
+from recap_fast.model.lora import is_adapter
 from recap_fast.paths import shown
 from recap_fast.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
@@ -19,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 _OWN_NAMES = (
     "config.yaml", "machine.json", "metrics.jsonl", "samples.jsonl", "report.html",
-    "checkpoints", "plots", "tensorboard", "wandb",
+    "checkpoints", "export", "plots", "tensorboard", "wandb",
 )  # fmt: skip
-"""What a run writes. --overwrite removes these and nothing else."""
+"""What --overwrite removes: all that a run writes but its processes' logs, which tell of every
+start, and which this one's have open by then."""
 
 
 class FinishedRunError(CheckpointError):
@@ -115,6 +117,11 @@ def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
             f"reweighting: {run_dir} was trained with {before.reweighting!r}, whose windows do "
             f"not fit {config.reweighting!r}"
         )
+    if before.model.lora != config.model.lora:
+        raise ConfigError(
+            f"model.lora: {run_dir} was trained with {before.model.lora!r}, whose weights do not "
+            f"fit {config.model.lora!r}"
+        )
     old_settings, new_settings = (c.model_dump(mode="json") for c in (before, config))
     changed = [key for key, value in new_settings.items() if value != old_settings[key]]
     if changed:
@@ -128,7 +135,7 @@ def find_evaluated(folder: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is none in it, or no run around it.
     """
-    is_model = (folder / "config.json").exists()
+    is_model = (folder / "config.json").exists() or is_adapter(folder)
     run = folder
     if is_model:
         run = folder / ".." / ".."

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from recap_fast.report.metrics import COMPLETION_QUANTILES
+from recap_fast.reweighting.balance import GradientBalance
 from recap_fast.reweighting.recap import Reweighter
 from recap_fast.training.optimization import UpdateStats
 from recap_fast.training.packing import PackedUpdate
@@ -18,7 +21,10 @@ from recap_fast.types import Objective, RewardTable, Rollout
 
 
 def device_metrics(
-    names: Sequence[str], reweighter: Reweighter, stats: UpdateStats
+    names: Sequence[str],
+    reweighter: Reweighter,
+    stats: UpdateStats,
+    balance: GradientBalance | None = None,
 ) -> dict[str, float]:
     """The step's one copy from the device."""
     per_objective = {
@@ -28,6 +34,13 @@ def device_metrics(
         "loss": stats.objective_losses,
         "clip_fraction": stats.clip_fraction,
     }
+    optional = {
+        "retention": reweighter.retentions,
+        "balance": None if balance is None else balance.factors,
+        "gradient_norm": stats.gradient_norms,
+        "parameter_gradient_norm": stats.parameter_norms,
+    }
+    per_objective |= {kind: values for kind, values in optional.items() if values is not None}
     scalars = {
         "entropy": stats.entropy,
         "kl": stats.kl,
@@ -36,6 +49,12 @@ def device_metrics(
         "rollout/logprob_diff_mean": stats.logprob_diff_mean,
         "rollout/logprob_diff_max": stats.logprob_diff_max,
     }
+    if stats.importance is not None:
+        count, total, squares, bounded = stats.importance.unbind()
+        # All masked, all sums are 0: then no sample is effective, where 0 / 0 would be unknown.
+        effective = torch.where(squares > 0, total.square() / (count * squares), 0.0)
+        scalars["importance/effective_sample_size"] = effective.where(count > 0, torch.nan)
+        scalars["importance/bounded_fraction"] = bounded / count
     names = [f"{kind}/{name}" for kind in per_objective for name in names] + [*scalars]
     values = torch.cat([*per_objective.values(), torch.stack([*scalars.values()])])
     return dict(zip(names, values.tolist(), strict=True))
@@ -57,9 +76,12 @@ def host_metrics(
             name = objective.name
             metrics[f"reward/{name}"] = float(means[k])
             metrics[f"zero_std_fraction/{name}"] = zero_std[k]
+    metrics["rollout/completions"] = len(rollouts)
     if rollouts:
         lengths = [len(r.token_ids) for r in rollouts]
         metrics["rollout/completion_tokens"] = float(np.mean(lengths))
+        quantiles = np.quantile(lengths, list(COMPLETION_QUANTILES.values()))
+        metrics |= dict(zip(COMPLETION_QUANTILES, quantiles.tolist(), strict=True))
         cut = [r.finish_reason == "length" for r in rollouts]
         metrics["rollout/truncated_fraction"] = float(np.mean(cut))
     metrics["train/policy_tokens"] = sum(u.num_policy_tokens for u in updates)
@@ -70,6 +92,26 @@ def host_metrics(
     return metrics
 
 
+def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
+    """How old the tokens are that a step trains on, where the engine says so.
+
+    Args:
+        policy_version: optimizer steps before this one.
+
+    Returns:
+        Mean and maximum over the tokens, in optimizer steps, and the share of each age.
+    """
+    ages = np.array([policy_version - version for r in rollouts for version in r.versions])
+    if not len(ages):
+        return {}
+    shares = np.bincount(ages) / len(ages)
+    return {
+        "staleness/mean": float(ages.mean()),
+        "staleness/max": int(ages.max()),
+        **{f"staleness/share_{age}": float(share) for age, share in enumerate(shares)},
+    }
+
+
 def learnt_something(row: Mapping[str, float | int | None]) -> bool:
     """Whether a row of metrics is of a step that changed the model."""
     # Not finite, the norm of the gradient is that of a step that was skipped; or there was none.
@@ -77,12 +119,12 @@ def learnt_something(row: Mapping[str, float | int | None]) -> bool:
     return norm is not None and math.isfinite(norm) and norm > 0
 
 
-def column_means(values: np.ndarray) -> np.ndarray:
+def column_means(values: np.ndarray, dtype: type[np.floating[Any]] = np.float32) -> np.ndarray:
     """[S, K] -> [K] mean over the rows that are present; NaN where none is."""
     present = ~np.isnan(values)
     count = present.sum(0)
     sums = np.where(present, values, 0).sum(0, dtype=np.float64)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(dtype)
 
 
 def column_deviations(values: np.ndarray) -> np.ndarray:

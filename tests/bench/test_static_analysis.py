@@ -125,7 +125,9 @@ def test_differences_name_what_changed(own: dict[str, Record]) -> None:
     ]
 
 
-@pytest.fixture(scope="module", params=["3.7", "3.6"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(v, marks=pytest.mark.slow) for v in ("3.7", "3.6")]
+)
 def real(request: pytest.FixtureRequest) -> StaticTable:
     """Everything the operations launch, compiled by the Triton of the name."""
     if request.param == "3.6":
@@ -141,6 +143,7 @@ def test_every_operation_compiles_for_every_gpu(real: StaticTable) -> None:
     operations = (
         "policy loss",
         "linear_logprobs",
+        "linear_token_statistics",
         "selective_logprobs",
         "group_advantages",
         "reweighter",

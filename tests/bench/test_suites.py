@@ -22,7 +22,9 @@ from benchmarks.peers import (
     FLOORS,
     LOGPROBS,
     POLICY_LOSSES,
+    VERL_HEADS,
     Implementation,
+    _unsloth_fused_linear,
     clipped_mean,
     from_logprobs,
 )
@@ -102,10 +104,21 @@ def cce_as_documented(e, c, targets, bias=None, reduction="mean", impl="cce"):
     return nll(e, c, targets)
 
 
-def quack_as_documented(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean"):
+def quack_as_documented(
+    x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True,
+    use_scaled_exp=None,
+):  # fmt: skip
     assert x.dim() == 2
     assert reduction == "mean"
     return nll(x, weight, target).mean()
+
+
+def quack_whole_as_documented(
+    x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False
+):
+    assert bias is None
+    assert reduction == "none"
+    return nll(x, weight, target)
 
 
 def verl_as_documented(hidden, weight, labels, temperature=1.0, reduction="none", group=None):
@@ -114,11 +127,26 @@ def verl_as_documented(hidden, weight, labels, temperature=1.0, reduction="none"
     return -nll(hidden, weight, labels), torch.zeros(len(labels))
 
 
+class VerlHeadAsDocumented:
+    def __init__(self, chunk_size=512, impl_backend="torch"):
+        assert impl_backend == "torch"
+
+    def __call__(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        logprobs = -nll(hidden_states, vocab_weights, input_ids)
+        return logprobs, torch.zeros_like(logprobs)
+
+
 STANDINS = {
+    "verl's head": (
+        "verl.utils.experimental.torch_functional", "FusedLinearForPPO", VerlHeadAsDocumented,
+    ),
     "CCE": ("cut_cross_entropy", "linear_cross_entropy", cce_as_documented),
     "CCE exact": ("cut_cross_entropy", "linear_cross_entropy", cce_as_documented),
     "quack": (
         "quack.linear_cross_entropy", "chunked_linear_cross_entropy", quack_as_documented,
+    ),
+    "quack, whole logits": (
+        "quack.linear_cross_entropy", "linear_cross_entropy_func", quack_whole_as_documented,
     ),
     "verl Triton": (
         "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", verl_as_documented,
@@ -134,11 +162,47 @@ def test_adapters_of_packages_that_need_a_gpu_to_install(name, monkeypatch):
     for end in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
     setattr(sys.modules[path], function, standin)
-    implementation = next(i for i in POLICY_LOSSES if i.name == name)
+    implementation = next(i for i in (*POLICY_LOSSES, *VERL_HEADS) if i.name == name)
     inputs = Inputs.random(TINY)
     if implementation.is_cross_entropy:
         inputs = inputs.with_unit_advantages()
     found = errors(inputs, implementation.build(inputs)(), compute_truth(inputs))
+    assert max(found.values()) < 1e-5, found
+
+
+UNSLOTH = """
+import torch
+
+def fused_linear_logprobs(
+    hidden, weight, targets, *, bias=None, mask=None, temperature=1.0, logit_scale_multiply=0.0,
+    logit_scale_divide=0.0, logit_softcapping=0.0, return_entropy=False, return_mean_logits=False,
+    return_log_sum_sq_probs=False, return_is_top1=False, rows_per_chunk=None,
+    entropy_requires_grad=True, max_rows_per_chunk=None,
+):
+    assert return_entropy
+    assert return_mean_logits == return_log_sum_sq_probs == return_is_top1
+    logprobs = torch.log_softmax(hidden @ weight.t(), -1)
+    picked = logprobs.gather(-1, targets[..., None])[..., 0]
+    return (picked,) + (torch.zeros_like(picked),) * (4 if return_mean_logits else 1)
+"""
+
+
+@pytest.mark.parametrize(
+    "implementation", [i for i in LOGPROBS if i.name.startswith("unsloth")], ids=str
+)
+def test_the_adapter_of_unsloth_takes_one_file_and_not_the_package(
+    implementation, tmp_path, monkeypatch
+):
+    package = tmp_path / "unsloth_zoo"
+    (package / "fused_losses").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it wants unsloth, and patches torch')")
+    (package / "fused_losses" / "fused_linear.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    _unsloth_fused_linear.cache_clear()
+    assert implementation.why_absent(CPU, "float32") is None
+    inputs = Inputs.random(TINY)
+    found = errors(inputs, implementation.build(inputs)(), compute_truth(inputs))
+    _unsloth_fused_linear.cache_clear()
     assert max(found.values()) < 1e-5, found
 
 

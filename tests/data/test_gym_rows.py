@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle  # noqa: TID251 (what the process is asked with)
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from recap_fast.config import SourceConfig
-from recap_fast.data import gym_rows
+from recap_fast.data import gym_process, gym_rows
 from recap_fast.data.gym_process import Reply, Request
 from recap_fast.data.gym_rows import GymRows
 from recap_fast.data.row_columns import DataError
@@ -127,3 +129,13 @@ def test_process_that_dies() -> None:
     process.close()
     with pytest.raises(DataError, match="rows died"):
         rows_of(process, "chain_sum", [0])
+
+
+def test_the_process_ends_in_silence_where_nobody_waits_for_its_answer() -> None:
+    class Closed(io.BytesIO):
+        def write(self, *given: object) -> int:
+            raise BrokenPipeError
+
+    requests = io.BytesIO(pickle.dumps(Request("chain_sum", b"")))
+    gym_process.serve(requests, Closed())
+    assert not requests.read()

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from recap_fast.config import DataConfig, SourceConfig
-from recap_fast.data.mix import DataError, DataStream, allocate, mixing_shares
-from recap_fast.types import Prompt, SupervisedRow
+from recap_fast.data.mix import DataError, DataStream
+from recap_fast.types import Prompt, StepFeedback, SupervisedRow
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -202,7 +202,33 @@ def test_cursor_resumes_through_json(tmp_path):
     assert drawn(resumed, 9) == expected
 
 
-@pytest.mark.parametrize("change", ["rows", "mixing"])
+def test_refills_leave_the_mix_alone_and_belong_to_the_cursor(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(60))
+
+    def build():
+        return stream(rl("a", path), rl("b", path), sft("c", path), batch_size=6)
+
+    data = build()
+    plain = [Counter(source for source, _ in drawn(build(), n)) for n in range(1, 6)]
+    seen = []
+    for _ in range(5):
+        step = data.next_step()
+        dropped = ["a" for prompt in step.prompts if prompt.source == "a"]
+        new = data.refill(dropped)
+        assert [prompt.source for prompt in new] == dropped
+        seen += [(row.source, row.row) for row in [*step.prompts, *step.supervised]]
+        assert Counter(source for source, _ in seen) == plain[len(seen) // 6 - 1]
+        seen_rows = {row for source, row in seen if source == "a"}
+        assert seen_rows.isdisjoint(prompt.row for prompt in new), "the next rows, not the same"
+    cursor = json.loads(json.dumps(data.state_dict()))
+    resumed = build()
+    resumed.load_state_dict(cursor)
+    expected = data.refill(["a", "b", "b"])
+    assert resumed.refill(["a", "b", "b"]) == expected
+    assert drawn(resumed, 4) == drawn(data, 4)
+
+
+@pytest.mark.parametrize("change", ["rows", "mixing", "adaptive", "review"])
 def test_cursor_of_other_data_is_refused(tmp_path, change):
     path = write_jsonl(tmp_path / "rows.jsonl", questions(11))
     cursor = stream(rl("a", path), sft("b", path)).state_dict()
@@ -211,6 +237,10 @@ def test_cursor_of_other_data_is_refused(tmp_path, change):
         write_jsonl(tmp_path / "rows.jsonl", questions(12))
     elif change == "mixing":
         keys["mixing"] = {"a": 1.0, "b": 3.0}
+    elif change == "adaptive":
+        keys["mixing"] = "adaptive"
+    elif change == "review":
+        keys["review"] = {}
     other = stream(rl("a", path), sft("b", path), **keys)
     with pytest.raises(DataError, match="cursor"):
         other.load_state_dict(cursor)
@@ -307,50 +337,97 @@ def test_source_whose_questions_are_all_held_out(tmp_path):
 # -- mixing
 
 
-def shares(mixing, sizes=(300, 100, 50)):
-    config = DataConfig(
-        sources=[rl("a", "a.jsonl"), rl("b", "b.jsonl"), sft("c", "c.jsonl")], mixing=mixing
-    )
-    return mixing_shares(config, dict(zip("abc", sizes, strict=True)))
-
-
-@pytest.mark.parametrize(
-    ("mixing", "expected"),
-    [
-        ("uniform", [1 / 3, 1 / 3, 1 / 3]),
-        ("proportional", [300 / 450, 100 / 450, 50 / 450]),
-        ("coreset", [1 / 3, 1 / 3, 1 / 3]),  # two reasoning sources share 2/3
-        ({"a": 1.0, "c": 3.0}, [0.25, 0.0, 0.75]),
-    ],
-)
-def test_shares(mixing, expected):
-    assert shares(mixing) == pytest.approx(expected)
-
-
-def test_coreset_is_half_the_reasoning_volume():
-    sources = [rl("a", "a.jsonl"), *(sft(name, "b.jsonl") for name in "bcd")]
-    config = DataConfig(sources=sources, mixing="coreset")
-    assert mixing_shares(config, {}) == pytest.approx([2 / 3, 1 / 9, 1 / 9, 1 / 9])
-
-
-@pytest.mark.parametrize("weights", [(1, 1, 1), (5, 3, 1), (0.01, 0.49, 0.5), (1, 0, 2)])
-@pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_allocation_keeps_to_its_shares(weights, batch_size):
-    expected = [weight / sum(weights) for weight in weights]
-    totals = [0, 0, 0]
-    for step in range(1, 301):
-        counts = allocate(expected, totals, batch_size)
-        assert sum(counts) == batch_size
-        totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        for total, share in zip(totals, expected, strict=True):
-            assert abs(total - share * step * batch_size) < 1.5
-    assert all(total > 0 for total, weight in zip(totals, weights, strict=True) if weight)
-
-
 def test_stream_follows_explicit_ratios(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", questions(30))
     data = stream(rl("a", path), sft("b", path), mixing={"a": 3.0, "b": 1.0}, batch_size=2)
     assert Counter(source for source, _ in drawn(data, 20)) == {"a": 30, "b": 10}
+
+
+# -- what steps tell
+
+
+def told(data, steps):
+    """Rows of steps that give what depends on their rows and numbers alone."""
+    seen = []
+    for step in steps:
+        rows = data.next_step()
+        seen.append([(row.source, row.row) for row in [*rows.prompts, *rows.supervised]])
+        groups = [(one.source, one.row, (one.row + step) % 5 > 0) for one in rows.prompts]
+        weights = {"accuracy": 1 + step % 4 / 2, "ntp": 0.5}
+        data.follow(StepFeedback(weights, groups))
+    return seen
+
+
+ADAPTIVE = {"mixing": "adaptive", "adaptive": {"shares": {"a": 2, "b": 1, "c": 1}, "most": 1.5}}
+
+
+@pytest.mark.parametrize("keys", [ADAPTIVE, {"review": {"after": 3}}])
+def test_streams_that_follow_steps_resume_through_json(tmp_path, keys):
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(40))
+
+    def build():
+        return stream(rl("a", path), rl("b", path), sft("c", path), batch_size=6, **keys)
+
+    data = build()
+    told(data, range(13))
+    cursor = json.loads(json.dumps(data.state_dict()))
+    expected = told(data, range(13, 30))
+    assert told(build(), range(30))[13:] == expected
+    resumed = build()
+    resumed.load_state_dict(cursor)
+    assert told(resumed, range(13, 30)) == expected
+    assert resumed.mix_metrics == pytest.approx(data.mix_metrics, nan_ok=True)
+    assert resumed.state_dict() == data.state_dict()
+
+
+def test_adaptive_shares_follow_the_weights_and_are_reported(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(40))
+    data = stream(rl("a", path), sft("b", path), sft("c", path, objective="d"), batch_size=6,
+                  **ADAPTIVE)  # fmt: skip
+    assert data.mix_metrics == {"mixing/a": 0.5, "mixing/b": 0.25, "mixing/c": 0.25}
+    for _ in range(60):
+        data.follow(StepFeedback({"accuracy": 0.1, "ntp": 2.8, "d": 0.1}))
+    assert data.mix_metrics == pytest.approx(  # b at its bound, and the others in proportion
+        {"mixing/a": 0.625 * 2 / 3, "mixing/b": 0.375, "mixing/c": 0.625 / 3}
+    )
+    counts = Counter(source for source, _ in drawn(data, 40))
+    assert counts == {"a": 100, "b": 90, "c": 50}
+
+
+def test_solved_prompts_come_back_in_the_place_of_new_ones(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(400))
+    sources = [rl("a", path), rl("b", path, rewards={"format": "thinking_format"})]
+    plain = drawn(stream(*sources, batch_size=8), 3)
+    data = stream(*sources, batch_size=8, review={"share": 0.5, "after": 3})
+    steps = []
+    for step in range(6):
+        rows = data.next_step()
+        steps.append([one.row for one in rows.prompts if one.source == "a"])
+        assert len(rows.prompts) == 8
+        data.follow(StepFeedback({}, [(one.source, one.row, step == 0) for one in rows.prompts]))
+        if step == 4:
+            assert data.mix_metrics["review/a"] == 2
+            assert data.mix_metrics["review_solved/a"] == 0
+    assert steps[0] + steps[1] + steps[2] == [row for source, row in plain if source == "a"]
+    first = sorted(steps[0])
+    assert steps[4][:2] == first[:2], "the step after three others"
+    assert steps[5][:2] == first[:2], "lost, and so again"
+    assert set(steps[3] + steps[4][2:] + steps[5][2:]).isdisjoint(steps[0])
+    assert "review/b" not in data.mix_metrics
+
+
+def test_a_reviewed_row_that_cannot_be_read_any_more_is_replaced(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(40))
+    data = stream(rl("a", path), batch_size=4, review={"share": 0.5, "after": 1})
+    rows = data.next_step().prompts
+    data.follow(StepFeedback({}, [(one.source, one.row, True) for one in rows]))
+    data.next_step()
+    monkeypatch.setattr(type(data._sources["a"]), "draw_again", lambda self, row: None)
+    assert len(data.next_step().prompts) == 4
+    assert len(json.dumps(data.state_dict()["review"])) > 0
+    monkeypatch.undo()
+    again = [one.row for _ in range(3) for one in data.next_step().prompts]
+    assert len(set(again) & {one.row for one in rows}) == 2, "two of four were forgotten"
 
 
 # -- rows that are skipped

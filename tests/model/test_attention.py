@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recap_fast.config import ModelConfig
-from recap_fast.model import attention_backends, attention_padded
-from recap_fast.model import policy as model_policy
+from recap_fast.model import attention_backends, attention_choice, attention_padded
 from recap_fast.model.attention import (
     SDPA,
     Backend,
@@ -38,7 +37,8 @@ from recap_fast.model.attention_backends import (
     open_backend,
     try_backend,
 )
-from recap_fast.model.policy import ModelError, load_policy
+from recap_fast.model.errors import ModelError
+from recap_fast.model.policy import load_policy
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.report.metrics import read_metrics
 from recap_fast.trainer import Trainer
@@ -561,8 +561,8 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
         asked.append((name, needs))
         return attention_backends.Choice(DOCUMENTED, {"varlen": "is broken"})
 
-    monkeypatch.setattr("recap_fast.model.policy.choose_backend", choose)
-    caplog.set_level(logging.DEBUG, "recap_fast.model.policy")
+    monkeypatch.setattr("recap_fast.model.attention_choice.choose_backend", choose)
+    caplog.set_level(logging.DEBUG, "recap_fast.model.attention_choice")
     policy = load_policy(ModelConfig(path=folder, device="cpu"), folder)
     assert policy.attention is DOCUMENTED
     assert asked == [("auto", AttentionNeeds(torch.device("cpu"), torch.bfloat16, 4, 2, 12))]
@@ -579,9 +579,9 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
 )
 def test_a_gpu_that_falls_back_to_padding_is_told_what_it_costs(monkeypatch, caplog, needs, told):
     """float32 on a GPU: the reason of each faster backend and the price, in one warning."""
-    caplog.set_level(logging.INFO, "recap_fast.model.policy")
+    caplog.set_level(logging.INFO, "recap_fast.model.attention_choice")
     refused = replace(needs, dtype=torch.float32)
-    assert model_policy._choose("auto", "some/model", refused) is SDPA
+    assert attention_choice._backend_for("auto", "some/model", refused) is SDPA
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     text = warning.getMessage()
     assert "some/model falls back to torch's scaled dot product (varlen computes in bf" in text
@@ -591,8 +591,8 @@ def test_a_gpu_that_falls_back_to_padding_is_told_what_it_costs(monkeypatch, cap
 
 @pytest.mark.parametrize(("name", "needs"), [("sdpa", ON_CUDA), ("auto", NEEDS)])
 def test_padding_that_was_asked_for_or_is_best_is_no_warning(caplog, name, needs):
-    caplog.set_level(logging.INFO, "recap_fast.model.policy")
-    assert model_policy._choose(name, "some/model", needs) is SDPA
+    caplog.set_level(logging.INFO, "recap_fast.model.attention_choice")
+    assert attention_choice._backend_for(name, "some/model", needs) is SDPA
     assert all(record.levelno < logging.WARNING for record in caplog.records)
 
 
@@ -607,7 +607,7 @@ def test_a_run_lays_its_batches_out_for_the_chosen_backend(folder, tmp_path, mon
     def no_padding(segments, **rest):
         raise AssertionError("padded")
 
-    monkeypatch.setattr("recap_fast.model.policy.choose_backend", choose)
+    monkeypatch.setattr("recap_fast.model.attention_choice.choose_backend", choose)
     monkeypatch.setattr("recap_fast.model.attention.build_padded", no_padding)
     config = tiny_config(
         tmp_path, folder, "training.steps=1", "loss.kl_coef=0.05", "model.reference=initial"

@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from recap_fast.config import ModelConfig
+from recap_fast.model.errors import ModelError
 from recap_fast.model.generation_config import repair_generation_config
-from recap_fast.model.policy import ModelError, load_policy
+from recap_fast.model.policy import load_policy
 from tests.tiny import save_tiny_model, tiny_llama
 
 

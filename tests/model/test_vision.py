@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recap_fast.model.policy import Policy, choose_attention, choose_vision_attention
+from recap_fast.model.attention_choice import choose_attention, choose_vision_attention
+from recap_fast.model.policy import Policy
 from recap_fast.model.vision import MODEL_TYPES, VisionError
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.training.packing import MAX_OVERFILL, PackedUpdate, pack_update

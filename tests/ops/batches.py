@@ -69,6 +69,7 @@ def random_batch(
     old: bool = False,
     ref: bool = False,
     rollout: bool = False,
+    importance: bool = False,
     bias: bool = False,
     spread: float = 0.3,
     **config: Any,
@@ -108,6 +109,9 @@ def random_batch(
     if rollout:
         tensors["rollout_logprobs"] = logprobs + spread * normal(n)
         config.setdefault("rollout_is_cap", 1.1)
+    if importance:
+        tensors["importance_weights"] = 2 * torch.rand(n, generator=generator, dtype=torch.float64)
+        tensors["importance_weights"][integers(0, 4, n) == 0] = 0.0
     if bias:
         tensors["bias"] = normal(v)
     return Batch(tensors, PolicyLossConfig(max_completion_length=16, **config))
@@ -117,6 +121,8 @@ def random_batch(
 def batches(draw: st.DrawFn) -> Batch:
     """Batches over every argument and option."""
     ref = draw(st.booleans())
+    weighed = draw(st.sampled_from([None, "rollout", "importance"]))
+    rollout = weighed == "rollout"
     return random_batch(
         seed=draw(st.integers(0, 10_000)),
         n=draw(st.integers(0, 40)),
@@ -128,9 +134,12 @@ def batches(draw: st.DrawFn) -> Batch:
         supervised=draw(st.booleans()),
         old=draw(st.booleans()),
         ref=ref,
-        rollout=draw(st.booleans()),
+        rollout=rollout,
+        importance=weighed == "importance",
         bias=draw(st.booleans()),
         spread=draw(st.sampled_from([0.1, 1.0])),
+        rollout_is_mode=draw(st.sampled_from(["truncate", "mask"])) if rollout else "truncate",
+        rollout_is_min=draw(st.sampled_from([None, 0.9])) if rollout else None,
         loss_type=draw(st.sampled_from(["clip", "cispo"])),
         ratio_level=draw(st.sampled_from(["token", "sequence"])),
         aggregation=draw(st.sampled_from(["token", "sequence", "constant"])),

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from recap_fast import make_reweighter
-from recap_fast.ops import group_advantages, linear_logprobs, selective_logprobs
+from recap_fast.ops import (
+    group_advantages,
+    linear_logprobs,
+    linear_token_statistics,
+    selective_logprobs,
+)
 from recap_fast.reweighting.recap import REWEIGHTERS
 from tests.ops.batches import outputs, random_batch
 
@@ -97,8 +102,10 @@ def test_logprobs(impl: str, default: str) -> None:
     def compute() -> dict[str, Tensor]:
         linear = linear_logprobs(hidden, weight, targets, temperature=0.7, impl=impl)
         selective = selective_logprobs(hidden @ weight.T, targets, temperature=0.7, impl=impl)
-        total = sum(x.sum() for x in (*linear, *selective))
-        found = [*linear, *selective, *torch.autograd.grad(total, [hidden, weight])]
+        more = linear_token_statistics(hidden, weight, targets, temperature=0.7, impl=impl)
+        fields = [getattr(more, name) for name in type(more).__dataclass_fields__]
+        total = sum(x.sum() for x in (*linear, *selective, *fields))
+        found = [*linear, *selective, *fields, *torch.autograd.grad(total, [hidden, weight])]
         return {str(i): x.detach() for i, x in enumerate(found)}
 
     assert_unchanged(compute, default)

@@ -176,6 +176,24 @@ def test_the_weights_gradient_is_added_to_an_existing_one(impl: str, dtype: torc
     torch.testing.assert_close(added, expected["d_weight"].to(dtype), **tolerance)
 
 
+@impls
+@pytest.mark.usefixtures("small_chunks")
+def test_a_weight_that_takes_a_float32_gradient_gets_the_sum_unrounded(impl: str) -> None:
+    """With torch's own attribute, which autograd alone would satisfy by a cast of the rounded."""
+    batch = random_batch(n=300, v=1024)
+    weight = batch.tensors["weight"].bfloat16()
+    exact = batch.run("reference", torch.float64, weight=weight.double().requires_grad_())
+    errors = {}
+    for wanted in (torch.bfloat16, torch.float32):
+        leaf = weight.clone().requires_grad_()
+        leaf.grad_dtype = wanted
+        got = batch.run(impl, torch.float32, weight=leaf)["d_weight"]
+        assert got.dtype == wanted
+        errors[wanted] = (got - exact["d_weight"]).norm() / exact["d_weight"].norm()
+    assert errors[torch.bfloat16] > 1e-3
+    assert errors[torch.float32] < 1e-6
+
+
 @pytest.mark.parametrize(
     ("grad", "message"),
     [

@@ -13,6 +13,7 @@ from recap_fast.ops import (
     fused_linear_policy_loss,
     group_advantages,
     linear_logprobs,
+    linear_token_statistics,
     selective_logprobs,
 )
 from recap_fast.ops.advantages import _group_advantages
@@ -20,6 +21,7 @@ from recap_fast.ops.attach import attach_gradients
 from recap_fast.ops.logprobs import (
     _linear_logprobs,
     _linear_logprobs_backward,
+    _linear_token_statistics,
     _selective_logprobs,
     _selective_logprobs_backward,
 )
@@ -44,6 +46,8 @@ def _operator_arguments(batch: Batch, **given: Any) -> tuple[tuple[Any, ...], di
         "want_hidden": True,
         "want_weight": True,
         "want_bias": tensors.get("bias") is not None,
+        "want_objectives": batch.config.entropy_coef == 0,
+        "weight_grad_dtype": torch.float32,
     }
     return positional, keywords | wanted
 
@@ -54,9 +58,18 @@ def _is_keyword(name: str) -> bool:
 
 
 @impls
-@pytest.mark.parametrize("options", [{}, OFF_POLICY | {"bias": True}, {"rewards": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        OFF_POLICY | {"bias": True},
+        {"rollout": True, "rollout_is_mode": "mask", "rollout_is_min": 0.9},
+        {"rewards": True},
+        {"importance": True},
+    ],
+)
 def test_policy_loss_operator(impl: str, options: dict[str, Any]) -> None:
-    positional, keywords = _operator_arguments(random_batch(**options))
+    positional, keywords = _operator_arguments(random_batch(**options), loss_scale=torch.ones(()))
     torch.library.opcheck(_policy_loss, positional, keywords | {"impl": impl})
 
 
@@ -70,7 +83,8 @@ def test_policy_loss_operator_writes_into_a_gradient() -> None:
 def test_attach_operator() -> None:
     leaves = [torch.randn(*shape, requires_grad=True) for shape in ((5, 4), (9, 4), (9,))]
     gradients = [torch.randn_like(leaf) for leaf in leaves]
-    torch.library.opcheck(attach_gradients, (torch.ones(()), *leaves, *gradients))
+    for scale in (None, torch.tensor(8.0)):
+        torch.library.opcheck(attach_gradients, (torch.ones(()), *leaves, *gradients, scale))
 
 
 @impls
@@ -79,7 +93,8 @@ def test_logprobs_operators(impl: str) -> None:
     targets = torch.tensor([1, 8, -100, 0, 3, 3])
     settings = (0.7, 5.0, impl)
     factors = (torch.randn(6), torch.randn(6))
-    torch.library.opcheck(_linear_logprobs, (hidden, weight, bias, targets, *settings))
+    for operator in (_linear_logprobs, _linear_token_statistics):
+        torch.library.opcheck(operator, (hidden, weight, bias, targets, *settings))
     operands = tuple(x.detach() for x in (hidden, weight, bias))
     torch.library.opcheck(
         _linear_logprobs_backward, (*factors, *operands, targets, *settings, True, True, True)
@@ -131,7 +146,10 @@ def test_compiled_logprobs_and_advantages(impl: str) -> None:
         logprobs, entropy = linear_logprobs(hidden * 2, weight, targets, impl=impl)
         picked, _ = selective_logprobs(hidden @ weight.T, targets, impl=impl)
         advantages = group_advantages(logprobs.detach()[:, None], targets, impl=impl)
-        return (logprobs + 0.1 * entropy).sum() + (advantages[:, 0] * picked).sum()
+        more = linear_token_statistics(hidden, weight, targets, impl=impl)
+        factor = more.mean_logits + more.is_top1 - more.log_sum_sq_probs  # of no gradient
+        loss = (logprobs + 0.1 * entropy).sum() + (advantages[:, 0] * picked).sum()
+        return loss + (factor * (more.logprobs - 0.2 * more.entropy)).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for eager, fast in zip(

@@ -20,7 +20,9 @@ IMPLEMENTATIONS = ("reference", "torch")
 def _loss(impl: str, advantages: list, sequence_ids: list, config: Any, **arguments: Any) -> Any:
     n = len(sequence_ids)
     hidden = torch.full((n, 1), math.log(3), dtype=torch.float64, requires_grad=True)
-    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "denominators"):
+    for name in (
+        "old_logprobs", "ref_logprobs", "rollout_logprobs", "importance_weights", "denominators",
+    ):  # fmt: skip
         if name in arguments:
             arguments[name] = torch.tensor(arguments[name], dtype=torch.float64)
     for name in ("targets", "token_objectives"):
@@ -212,6 +214,34 @@ def test_truncated_rollout_weight(impl: str) -> None:
         output, slopes = _loss(impl, [[1.0]], [0, 0], config, rollout_logprobs=rollout, **old)
         assert slopes == pytest.approx([-2.0 / 2, -0.5 / 2])
         assert output.loss.item() == pytest.approx(-2.5 / 2)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("mode", "weights"), [("truncate", [0.5, 0.8, 2.0]), ("mask", [0.0, 0.8, 0.0])]
+)
+def test_bounded_rollout_weights(impl: str, mode: Any, weights: list[float]) -> None:
+    config = PolicyLossConfig(rollout_is_cap=2.0, rollout_is_min=0.5, rollout_is_mode=mode)
+    rollout = [LOGP - math.log(ratio) for ratio in (0.1, 0.8, 5.0)]
+    for old in ({}, {"old_logprobs": [LOGP] * 3}):
+        output, slopes = _loss(impl, [[1.0]], [0, 0, 0], config, rollout_logprobs=rollout, **old)
+        assert slopes == pytest.approx([-weight / 3 for weight in weights])
+        assert output.loss.item() == pytest.approx(-sum(weights) / 3)
+        assert output.importance_weights.tolist() == pytest.approx(weights)
+        assert output.importance_bounded.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_given_weights_leave_kl_and_supervised_tokens_alone(impl: str) -> None:
+    config = PolicyLossConfig(kl_coef=0.1, kl_estimator="k2")
+    arguments = {
+        "importance_weights": [3.0, 0.0, 7.0],
+        "ref_logprobs": [LOGP + 0.5] * 3,
+        "token_objectives": [-1, -1, 0],
+    }
+    output, slopes = _loss(impl, [[2.0]], [0, 0, 0], config, **arguments)
+    assert output.loss.item() == pytest.approx(-(3 * 2 + LOGP) / 3 + 0.1 * 0.125)
+    assert slopes == pytest.approx([-3 * 2 / 3 - 0.025, -0.025, -1 / 3])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -17,6 +17,11 @@ from recap_fast.ops.triton_reweighting import recap_update
 from tests.no_sync import ForbidHostSync
 
 PUBLISHED = ("weights", "rates", "instabilities", "priorities")
+RETENTION: dict[str, Any] = {"retention": 20.0}
+
+
+def _published(reweighter: RecapReweighter) -> tuple[str, ...]:
+    return PUBLISHED if reweighter.retentions is None else (*PUBLISHED, "retentions")
 
 
 def _fused(num_objectives: int, **options: Any) -> RecapReweighter:
@@ -39,18 +44,23 @@ def _steps(seed: int, count: int, k: int) -> list[tuple[Tensor, Tensor]]:
 
 def _poison(reweighter: RecapReweighter) -> None:
     """An update reads nothing of what was published, and writes all of it."""
-    for name in PUBLISHED:
+    for name in _published(reweighter):
         getattr(reweighter, name).fill_(-77.0)
 
 
 def _compare(one: RecapReweighter, other: RecapReweighter) -> None:
     assert torch.equal(one._counts, other._counts)
     assert torch.equal(one._values, other._values)
-    for name in PUBLISHED:
+    for name in _published(one):
         mine, theirs = getattr(one, name), getattr(other, name)
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name)
+    if one.retentions is not None:
+        for entry in ("best", "noise"):
+            mine, theirs = one.state_dict()[entry], other.state_dict()[entry]
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, msg=entry)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 9999),
@@ -75,6 +85,45 @@ def test_equals_the_torch_path(
         returned = [reweighter.update(values, given_presence) for reweighter in pair]
         torch.testing.assert_close(*returned, rtol=1e-6, atol=1e-6)
         _compare(*pair)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    k=st.integers(1, 8),
+    window=st.sampled_from([4, 5, 8, 17]),
+    alpha=st.sampled_from([None, 0.3]),
+    max_rate=st.sampled_from([None, 0.2, 10.0]),
+    retention=st.sampled_from([0.5, 20.0]),
+    offset=st.sampled_from([0.0, -1.0, -9.0]),
+)
+def test_retention_equals_the_torch_path(
+    seed: int, k: int, window: int, offset: float, **options: Any
+) -> None:
+    signals = ["reward" if i % 3 else "loss" for i in range(k)]
+    pair = [
+        make(k, window=window, signals=signals, **options) for make in (_fused, RecapReweighter)
+    ]
+    for step, (values, present) in enumerate(_steps(seed, 4 * window + 6, k)):
+        _poison(pair[0])
+        for reweighter in pair:  # quiet, with a jump that is beyond the noise
+            reweighter.update(values / 8 + offset + (step > 3 * window), present)
+        _compare(*pair)
+
+
+def test_a_drop_shows_in_one_launch_too() -> None:
+    options: dict[str, Any] = {"signals": ["reward", "loss", "loss"], "window": 5, **RETENTION}
+    pair = [make(3, **options) for make in (_fused, RecapReweighter)]
+    for step, (values, _) in enumerate(_steps(8, 60, 3)):
+        lost = torch.tensor([-0.5, 0.5, 0.0]) * (step > 40)
+        row = 1 + 0.02 * values.nan_to_num(1.0, 1.0) + lost
+        for reweighter in pair:
+            reweighter.update(row)
+        _compare(*pair)
+    assert pair[0].retentions is not None
+    assert (pair[0].retentions[:2] > 0.2).all()
+    assert pair[0].retentions[2] == 0
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -132,19 +181,21 @@ def test_negative_zero_and_tiny_means() -> None:
         _compare(*pair)
 
 
-def test_repeats_to_the_bit_and_returns_a_copy() -> None:
+@pytest.mark.parametrize("options", [{}, RETENTION])
+def test_repeats_to_the_bit_and_returns_a_copy(options: dict[str, Any]) -> None:
     runs = []
     for _ in range(2):
-        reweighter = _fused(5, window=3)
-        kept = [reweighter.update(*step) for step in _steps(1, 200, 5)]
+        reweighter = _fused(5, window=4, **options)
+        kept = [reweighter.update(*step) for step in _steps(1, 60, 5)]
         runs.append(torch.stack(kept))
         assert torch.equal(kept[-1], reweighter.weights)
         assert kept[-1].data_ptr() != reweighter.weights.data_ptr()
     assert torch.equal(*runs)
 
 
-def test_state_goes_from_one_path_to_the_other() -> None:
-    fused, plain = _fused(4, window=3), RecapReweighter(4, window=3)
+@pytest.mark.parametrize("options", [{}, RETENTION])
+def test_state_goes_from_one_path_to_the_other(options: dict[str, Any]) -> None:
+    fused, plain = _fused(4, window=4, **options), RecapReweighter(4, window=4, **options)
     steps = _steps(2, 20, 4)
     for step in steps[:10]:
         fused.update(*step)
@@ -180,8 +231,9 @@ def test_strided_values_and_presence() -> None:
     assert read == [values.data_ptr(), present.data_ptr()]  # a copy would be a second launch
 
 
-def test_one_launch_and_no_sync() -> None:
-    reweighter = _fused(3, window=2)
+@pytest.mark.parametrize("options", [{}, RETENTION])
+def test_one_launch_and_no_sync(options: dict[str, Any]) -> None:
+    reweighter = _fused(3, window=4, **options)
     values, present = torch.rand(3), torch.ones(3, dtype=torch.bool)
     launches: list[Launch] = []
     with ForbidHostSync(), recording(launches.append):
@@ -189,9 +241,10 @@ def test_one_launch_and_no_sync() -> None:
     assert [launch.grid for launch in launches] == [(1,)]
 
 
+@pytest.mark.parametrize("options", [{}, RETENTION])
 @pytest.mark.parametrize("with_presence", [True, False])
-def test_operator(with_presence: bool) -> None:
-    reweighter = _fused(3, window=2)
+def test_operator(with_presence: bool, options: dict[str, Any]) -> None:
+    reweighter = _fused(3, window=4, **options)
     (values, present), *_ = _steps(3, 1, 3)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -209,12 +262,13 @@ def test_operator(with_presence: bool) -> None:
     torch.library.opcheck(recap_update, arguments, keywords)
 
 
+@pytest.mark.parametrize("options", [{}, RETENTION])
 @pytest.mark.parametrize("in_one_launch", [True, False])
-def test_compiles_without_a_graph_break(in_one_launch: bool) -> None:
-    pair = [RecapReweighter(3, window=2) for _ in range(2)]
+def test_compiles_without_a_graph_break(in_one_launch: bool, options: dict[str, Any]) -> None:
+    pair = [RecapReweighter(3, window=4, **options) for _ in range(2)]
     pair[0]._in_one_launch = in_one_launch
     compiled = torch.compile(pair[0].update, fullgraph=True, backend="aot_eager")
-    for values, present in _steps(4, 7, 3):
+    for values, present in _steps(4, 11, 3):
         torch.testing.assert_close(compiled(values, present), pair[1].update(values, present))
     _compare(*pair)
 
@@ -231,6 +285,7 @@ def test_a_cpu_keeps_to_torch() -> None:
         # Numbers that float32 does not hold.
         {"window": 10, "temperature": 1e-3, "alpha": 0.3, "std": "current", "max_rate": 1.1},
         {"window": 40, "temperature": 0.05, "max_rate": None},
+        {"window": 10, "retention": 20.3},
     ],
 )
 def test_on_cuda_one_kernel_and_the_numbers_of_the_cpu(
@@ -252,7 +307,7 @@ def test_on_cuda_one_kernel_and_the_numbers_of_the_cpu(
     assert kernels == ["recap_update_kernel"] * (len(moved) - 1)
     for step in steps:
         cpu.update(*step)
-    for name in PUBLISHED:
+    for name in _published(cpu):
         mine, theirs = getattr(cuda, name).cpu(), getattr(cpu, name)
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 

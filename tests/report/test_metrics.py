@@ -12,7 +12,13 @@ import pytest
 from rich.console import Console
 
 from recap_fast.config import ConfigError
-from recap_fast.report.metrics import MetricsWriter, ProgressView, read_metrics, read_samples
+from recap_fast.report.metrics import (
+    MetricsWriter,
+    ProgressView,
+    _append,
+    read_metrics,
+    read_samples,
+)
 from recap_fast.types import RewardTable, UserError
 from tests.synthetic_run import make_config, make_rollouts, make_run
 
@@ -208,3 +214,14 @@ def test_view_survives_missing_values(tmp_path: Path) -> None:
     with ProgressView(make_config(tmp_path, 2), console=console) as view:
         view.update({"step": 1, "time/total": 1.0, "reward/accuracy": math.nan})
     assert "accuracy – (λ –)" in out.getvalue()
+
+
+def test_a_full_disk_is_named_with_its_file() -> None:
+    class Full(io.StringIO):
+        name = "metrics.jsonl"
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: metrics\.jsonl"):
+        _append(Full(), ["{}"])

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from recap_fast.config import save_config
+from recap_fast.report.ahead_plots import _placed
+from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MetricsWriter, read_metrics
 from recap_fast.report.page import ReportError, compare_evaluations, write_report
-from recap_fast.report.plots import RunHistory, draw_plots, moving_average
+from recap_fast.report.plots import draw_plots, moving_average
 from recap_fast.types import RewardTable, UserError
 from tests.synthetic_run import make_config, make_rollouts, make_run
 
@@ -21,6 +23,7 @@ FIGURES = {
     "weights",
     "rates",
     "instabilities",
+    "strengths",
     "losses",
     "zero_std",
     "evaluations",
@@ -217,3 +220,47 @@ def test_curves_that_never_move_are_drawn_in_silence(tmp_path: Path, value: floa
     flat = [{key: step if key == "step" else value for key in row} for step, row in enumerate(rows)]
     plots = draw_plots(RunHistory(flat), make_config(tmp_path, 3), tmp_path / "plots")
     assert {"rewards", "mismatch", "gradient"} <= {plot.name for plot in plots}
+
+
+def test_both_sides_and_ages_are_drawn_of_runs_with_servers(tmp_path: Path) -> None:
+    config = make_config(tmp_path, 2)
+    times = {"time/rollout": 1.0, "time/train": 2.0, "time/sync": 0.5, "time/total": 3.5}
+    busy = {"time/engine_busy": 3.0, "time/engine_idle": 0.5}
+    servers = busy | {"staleness/max": 0, "staleness/share_0": 1.0}
+    ahead = busy | {"staleness/max": 1, "staleness/share_1": 1.0}
+
+    def names(*rows: dict[str, float]) -> set[str]:
+        history = RunHistory({"step": step, **row} for step, row in enumerate(rows, start=1))
+        return {plot.name for plot in draw_plots(history, config, tmp_path)}
+
+    figures = {"timeline", "staleness"}
+    assert not names(times, times) & figures
+    assert names(times | servers) & figures == {"timeline"}
+    assert names(times | servers, times | ahead) & figures == figures
+    weighed = ahead | {"importance/effective_sample_size": 0.8}
+    assert names(times | servers, times | weighed) & figures == figures
+
+
+def test_servers_are_drawn_over_the_time_in_which_they_were_measured() -> None:
+    """A batch is there 1.5 s after its step began; an evaluation lies between steps 2 and 3."""
+    step = {"time/rollout": 1.0, "time/reward": 0.5, "time/train": 2.0, "time/sync": 0.5,
+            "time/total": 4.0}  # fmt: skip
+    busy = [(9.0, 1.0), (4.0, 0.0), (3.0, 4.0), (0.0, 4.0)]
+    history = RunHistory(
+        {"step": i, "time/engine_busy": b, "time/engine_idle": idle, **step}
+        for i, (b, idle) in enumerate(busy, start=1)
+    )
+    placed = _placed(history)
+    assert [one.start for one in placed] == pytest.approx([0.0, 4.0, 11.0, 15.0])
+    measured = [(0.0, 1.5), (1.5, 5.5), (5.5, 12.5), (12.5, 16.5)]
+    for one, wanted in zip(placed, measured, strict=True):
+        assert one.measured == pytest.approx(wanted)
+    assert [one.share for one in placed] == pytest.approx([0.9, 1.0, 3 / 7, 0.0])
+    assert placed[-1].end == pytest.approx(19.0)  # of its last 2.5 s nothing is known
+
+
+def test_rewards_that_were_computed_meanwhile_are_no_wait() -> None:
+    row = {"step": 1, "time/rollout": 1.0, "time/reward": 5.0, "time/train": 2.0, "time/sync": 0.5,
+           "time/total": 3.5, "time/engine_busy": 1.0, "time/engine_idle": 0.0}  # fmt: skip
+    (placed,) = _placed(RunHistory([row]))
+    assert placed.stages == {"rollout": 1.0, "reward": 0.0, "train": 2.0, "sync": 0.5}

@@ -12,7 +12,8 @@ from recap_fast.data.digit_scenes import HEIGHT, TASKS, WIDTH, SceneRows
 from recap_fast.data.images import load_image_encoder
 from recap_fast.data.mix import DataStream
 from recap_fast.data.prompts import TEMPLATES
-from recap_fast.model.policy import ModelError, load_policy, load_tokenizer
+from recap_fast.model.errors import ModelError
+from recap_fast.model.policy import load_policy, load_tokenizer
 from recap_fast.reproduce import digits
 from recap_fast.reproduce.digits import (
     BaseSettings,

@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -64,6 +66,18 @@ def test_the_grid_runs_everything_once(fake_runs):
     assert [_starts(cell) for cell in fake_runs] == [[threads]] * 4
 
 
+def test_after_its_budget_a_grid_starts_nothing_and_finishes_what_it_has(fake_runs, monkeypatch):
+    run_grid(fake_runs, 1, SILENT, budget=0)
+    assert not any(cell.is_finished for cell in fake_runs)
+    # The grid's start, its first run's, and long after; of the grid alone, not of other threads.
+    readings = chain([0.0, 0.0], repeat(9.0))
+    clock = SimpleNamespace(monotonic=lambda: next(readings), sleep=time.sleep)
+    monkeypatch.setattr(grid, "time", clock)
+    run_grid(fake_runs, 1, SILENT, budget=5)
+    assert [cell.is_finished for cell in fake_runs] == [True, False, False, False]
+
+
+@pytest.mark.slow
 def test_a_stopped_grid_saves_and_goes_on(fake_runs, monkeypatch):
     monkeypatch.setenv("SLOW", "1")
     cells = fake_runs[:2]

@@ -38,7 +38,27 @@ def test_a_reading_with_factors_is_alpha(values) -> None:
     np.testing.assert_allclose(half.trace(values).weights, expected.weights, rtol=1e-5)
 
 
+def test_a_stack_forgets_nothing_that_its_runs_would_not(values) -> None:
+    def make() -> list[RecapReweighter]:
+        return [RecapReweighter(5, signals=signals.SIGNALS, retention=r) for r in (1.0, 5.0, 20.0)]
+
+    stacked, alone = stack(make()), make()
+    for step in range(80):
+        now = torch.tensor(values[:3, step])
+        if step > 50:
+            now = now * torch.tensor([0.5, 1.0, 1.0, 0.3, 1.5])
+        together = stacked.update(now)
+        for run, reweighter in enumerate(alone):
+            np.testing.assert_allclose(together[run], reweighter.update(now[run]), rtol=1e-6)
+    assert stacked.retentions is not None
+    assert (stacked.retentions > 0).any()
+    for run, reweighter in enumerate(alone):
+        np.testing.assert_allclose(stacked.retentions[run], reweighter.retentions, rtol=1e-5)
+
+
 def test_stack_refuses_what_it_cannot_batch() -> None:
+    with pytest.raises(ValueError, match="retention must be 0 in all or in none"):
+        stack([RecapReweighter(2), RecapReweighter(2, retention=1.0)])
     with pytest.raises(ValueError, match="one method"):
         stack([make_reweighter("dwa", 2), make_reweighter("saw", 2)])
     with pytest.raises(ValueError, match="window must be the same"):

@@ -32,6 +32,19 @@ def test_every_method_is_evaluated_on_all_abilities(tmp_path, method) -> None:
     assert config.reweighting.method == ("recap" if method == "recap" else "uniform")
 
 
+@pytest.mark.parametrize("method", text.SCARCE_METHODS)
+def test_scarce_replay_has_the_methods_of_the_experiment_on_images(tmp_path, method) -> None:
+    settings = replace(text.FULL, replay=10)
+    config = text.run_config(settings, tmp_path / "i.jsonl", tmp_path, method, seed=0)
+    shares = {"sums": 0.9, "products": 0.05, "instructions": 0.05}
+    adaptive = config.data.mixing == "adaptive"
+    assert (config.data.adaptive.shares if adaptive else config.data.mixing) == shares
+    assert adaptive == (method == "together")
+    uniform = method == "uniform"
+    assert config.reweighting.method == ("uniform" if uniform else "recap")
+    assert config.reweighting.parameters.get("window") == (None if uniform else 5)
+
+
 def test_the_base_answers_instructions(model) -> None:
     rows = text.answer_instructions(str(model), topics=2)
     questions = {

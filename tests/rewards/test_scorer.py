@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor
+from functools import partial
 from threading import Lock
 
 import numpy as np
+import psutil
 import pytest
 
 from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
 from recap_fast.rewards.functions import BUILTIN
 from recap_fast.rewards.resolve import RewardError, resolve
-from recap_fast.rewards.scorer import RewardScorer
+from recap_fast.rewards.scorer import RewardScorer, RewardTally
 from recap_fast.types import Objective, Prompt, Rollout
 
 CASES = "tests.rewards.reward_cases"
@@ -269,6 +272,81 @@ def test_idle_workers_that_the_system_kills_are_replaced():
     assert table.values[:, 0].tolist() == [0.25] * 8
 
 
+def test_workers_that_take_no_jobs_are_replaced(monkeypatch):
+    with scorer({"r": f"{CASES}:misbehave", "pid": f"{CASES}:process"}, ("r", "pid")) as scores:
+        for process in set(scores.score([rollout("ok")] * 20, 16).values[:, 1].astype(int)):
+            os.kill(int(process), signal.SIGSTOP)
+        monkeypatch.setattr("recap_fast.rewards.scorer._SILENT_SECONDS", 6.0)
+        table = scores.score([rollout("ok")] * 8, 16)
+    assert table.values[:, 0].tolist() == [0.25] * 8
+
+
+@pytest.mark.parametrize("kills", [2, 3])
+def test_workers_that_are_killed_as_they_start_are_started_again(monkeypatch, kills):
+    start, left = RewardScorer._try_to_start_pool, [None] * kills
+
+    def killed(self):
+        start(self)
+        if left:
+            left.pop()
+            raise BrokenExecutor("All workers expired")
+
+    monkeypatch.setattr(RewardScorer, "_try_to_start_pool", killed)
+    make = partial(scorer, {"r": f"{CASES}:misbehave"})
+    if kills == 3:
+        with pytest.raises(RewardError, match="did not start.*All workers expired"), make():
+            pass
+    else:
+        with make() as scores:
+            assert scores.score([rollout("ok")], 16).values.tolist() == [[0.25]]
+
+
+IN_A_GROUP = """
+import signal
+from tests.rewards.test_scorer import CASES, rollout, scorer
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+    rewards = {"r": f"{CASES}:slow", "pid": f"{CASES}:process"}
+    with scorer(rewards, ("r", "pid"), timeout=20.0) as scores:
+        print(*set(scores.score([rollout("")] * 8, 16).values[:, 1].astype(int)), flush=True)
+        print(scores.score([rollout("")] * 16, 16).values[:, 0].tolist(), flush=True)
+    with scorer({"r": f"{CASES}:misbehave"}, workers=1) as scores:
+        table = scores.score([rollout("hang"), rollout("ok")], 16)
+        print(table.values[:, 0].tolist(), table.failures, flush=True)
+    with scorer({"r": f"{CASES}:misbehave"}, workers=1, timeout=1000.0) as scores:
+        scores.score([rollout("hang")], 16)
+"""
+
+
+def test_what_ends_the_group_spares_the_workers():
+    """torchrun, SLURM and `timeout` send SIGTERM to all of a group, of which one saves and stops; a
+    killed trainer leaves nobody behind, not even a worker that hangs."""
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_A_GROUP],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as trainer:  # fmt: skip
+        assert trainer.stdout is not None
+        children = psutil.Process(trainer.pid).children
+        try:
+            pids = set(map(int, trainer.stdout.readline().split()))
+            begun = time.perf_counter()
+            os.killpg(trainer.pid, signal.SIGTERM)
+            assert trainer.stdout.readline() == "asked to stop\n"
+            assert trainer.stdout.readline() == f"{[1.0] * 16}\n"
+            assert time.perf_counter() - begun < 15.0
+            assert len(pids) == 2
+            # And a worker that hangs is replaced: the server of workers is there still.
+            assert trainer.stdout.readline() == "[nan, 0.25] {'r/timeout': 1}\n"
+            time.sleep(2.0)  # the last one hangs by now
+            left = children(recursive=True)
+            assert len(left) >= 2
+        finally:
+            trainer.kill()
+        psutil.wait_procs(left, timeout=10.0)
+        assert not [process for process in left if process.is_running()]
+
+
 def test_rows_that_cannot_be_sent_fail_alone():
     rows = [rollout("ok"), rollout("ok", entry={"lock": Lock()})]
     with scorer({"r": f"{CASES}:misbehave"}) as scores:
@@ -371,6 +449,20 @@ def test_failures_are_counted_over_the_whole_step():
         assert scoring.table().failures == {"r/raised": 2}
         with pytest.raises(RewardError, match=r"'r' failed for 6 of 8 rollouts"):
             scores.score([rollout("raise")] * 6 + [rollout("ok")] * 2, 16)
+
+
+def test_a_step_in_parts_has_one_tally():
+    with scorer({"r": f"{CASES}:misbehave"}, max_failure_fraction=0.5) as scores:
+        tally = RewardTally()
+        parts = [["ok"] * 3, ["raise"], ["raise"] * 2]
+        for words in parts:  # of the last two parts all, but half of the step's
+            scoring = scores.start(16, tally)
+            scoring.add([rollout(word) for word in words])
+            scoring.table()
+        scoring = scores.start(16, tally)
+        scoring.add([rollout("raise")])
+        with pytest.raises(RewardError, match=r"'r' failed for 4 of 7 rollouts"):
+            scoring.table()
 
 
 def test_a_pool_that_breaks_under_two_steps_is_replaced_once():

@@ -19,12 +19,15 @@ from recap_fast.reweighting.recap import (
 )
 from tests.no_sync import ForbidHostSync
 
-NAMES = sorted(REWEIGHTERS)
+RETAINING = "recap with retention"
+NAMES = [*sorted(REWEIGHTERS), RETAINING]
 K = 3
 SIGNALS = ("reward", "loss", "reward")
 
 
 def build(name: str, **keywords: Any) -> Reweighter:
+    if name == RETAINING:
+        return make_reweighter("recap", K, signals=SIGNALS, window=4, retention=5.0, **keywords)
     if name == "static":
         keywords.setdefault("weights", [1.0, 2.0, 3.0])
     if name in ("recap", "dwa", "saw"):
@@ -56,12 +59,20 @@ def oracle(
     signals: list[str],
     std: str,
     max_rate: float | None,
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Weights, rates, instabilities, priorities from each objective's whole history."""
+    retention: float = 0.0,
+) -> tuple[list[float], list[float], list[float], list[float], list[float]]:
+    """Weights, rates, instabilities, priorities, retentions from each objective's whole history."""
     count = len(histories)
-    rates, instabilities, priorities = [[math.nan] * count for _ in range(3)]
-    ready = [k for k in range(count) if len(histories[k]) >= 2 * window]
+    rates, instabilities, priorities, retentions = [[math.nan] * count for _ in range(4)]
+    least = window if retention > 0 else 2 * window
+    ready = [k for k in range(count) if len(histories[k]) >= least]
+    weight_of_rate = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     for k in ready:
+        if retention > 0:
+            retentions[k] = drop_below_best(histories[k], window, signals[k], max_rate)
+        if len(histories[k]) < 2 * window:
+            priorities[k] = weight_of_rate[0] + retention * retentions[k]
+            continue
         recent = histories[k][-2 * window :]
         older, newer = math.fsum(recent[:window]) / window, math.fsum(recent[window:]) / window
         rate = (
@@ -75,15 +86,37 @@ def oracle(
         sigma = math.sqrt(math.fsum((x - center) ** 2 for x in recent) / (2 * window - 1))
         rates[k] = rate
         instabilities[k] = sigma / away_from_zero(newer + older)
-        weight_of_rate = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
         priorities[k] = weight_of_rate[0] * rate + weight_of_rate[1] * instabilities[k]
+        if retention > 0:
+            priorities[k] += retention * retentions[k]
     weights = [1.0] * count
     if ready:
         highest = max(priorities[k] for k in ready)
         exponentials = {k: math.exp((priorities[k] - highest) / temperature) for k in ready}
         for k in ready:
             weights[k] = len(ready) * exponentials[k] / math.fsum(exponentials.values())
-    return weights, rates, instabilities, priorities
+    return weights, rates, instabilities, priorities, retentions
+
+
+def drop_below_best(
+    history: list[float], window: int, signal: str, max_rate: float | None
+) -> float:
+    """r of the last of the values, by the formulas of `RecapReweighter`."""
+    values = [x if signal == "reward" else -x for x in history]  # higher is better
+    best, average, r = -math.inf, 0.0, math.nan
+    for count in range(2, len(values) + 1):
+        share = 1 / min(count - 1, 10 * window)
+        average = average * (1 - share) + (values[count - 1] - values[count - 2]) ** 2 / 2 * share
+        if count < window:
+            continue
+        recent = values[count - window : count]
+        squares = [(b - a) ** 2 for a, b in zip(recent, recent[1:], strict=False)]
+        variance = max(average, math.fsum(squares) / (2 * (window - 1)))
+        floor = 4 * math.sqrt(variance / window)
+        mean = math.fsum(recent) / window
+        best = max(best, mean - floor)
+        r = max(0.0, best - floor - mean) / max(abs(best), floor, 1e-6)
+    return r if max_rate is None else min(r, max_rate)
 
 
 # Sixty-fourths add up exactly, so that the sign of a mean near zero is not a matter of rounding.
@@ -97,6 +130,7 @@ def test_recap_is_algorithm_2(data: st.DataObject) -> None:
     check_algorithm_2(data, in_one_launch=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_recap_in_one_launch_is_algorithm_2(data: st.DataObject) -> None:
@@ -115,6 +149,7 @@ def check_algorithm_2(data: st.DataObject, in_one_launch: bool) -> None:
         ),
         "std": data.draw(st.sampled_from(["window", "current"])),
         "max_rate": data.draw(st.sampled_from([10.0, 1.5, None])),
+        "retention": data.draw(st.sampled_from([0.0, 3.0])) if window >= 4 else 0.0,
     }
     value = data.draw(st.sampled_from([POSITIVE, MIXED_SIGN]))
     cell = st.one_of(value, value, value, value, st.none(), st.just(math.nan))
@@ -132,8 +167,12 @@ def check_algorithm_2(data: st.DataObject, in_one_launch: bool) -> None:
             torch.tensor([x is not None for x in step]),
         )
         expected = oracle(histories, **options)
-        got = (weights, reweighter.rates, reweighter.instabilities, reweighter.priorities)
-        for name, one, other in zip("wcis", got, expected, strict=True):
+        retentions = reweighter.retentions
+        if retentions is None:
+            retentions = torch.full((count,), math.nan)
+        rates, instabilities = reweighter.rates, reweighter.instabilities
+        got = (weights, rates, instabilities, reweighter.priorities, retentions)
+        for name, one, other in zip("wcisr", got, expected, strict=True):
             np.testing.assert_allclose(one.numpy(), other, rtol=1e-6, atol=1e-6, err_msg=name)
         assert weights.mean().item() == pytest.approx(1, abs=1e-6)
 
@@ -240,6 +279,179 @@ def test_the_papers_preset_is_algorithm_2_without_our_clamp() -> None:
         make_reweighter("recap", 2, preset="papr")
     with pytest.raises(ValueError, match="'dwa' has no presets"):
         make_reweighter("dwa", 2, preset="paper")
+
+
+# --- Retention ---
+
+
+def follow(
+    rows: np.ndarray, signals: Any, **options: Any
+) -> tuple[np.ndarray, np.ndarray, RecapReweighter]:
+    """Weights and retentions [steps, K] of values [steps, K]."""
+    reweighter = RecapReweighter(rows.shape[1], signals=signals, **options)
+    found = []
+    for row in torch.tensor(rows):
+        weights = reweighter.update(row)
+        assert reweighter.retentions is not None
+        found.append(torch.stack([weights, reweighter.retentions]).numpy())
+    weights, retentions = np.array(found).transpose(1, 0, 2)
+    return weights, retentions, reweighter
+
+
+STEPS = 1500
+NOISE: dict[str, Any] = {
+    "normal": lambda g, k: 1 + 0.1 * g.standard_normal((STEPS, k)),
+    "wide normal": lambda g, k: 1 + 0.3 * g.standard_normal((STEPS, k)),
+    "uniform": lambda g, k: g.uniform(0.5, 1.5, (STEPS, k)),
+    "Student": lambda g, k: 2 + 0.2 * g.standard_t(3, (STEPS, k)),
+    "exponential": lambda g, k: g.exponential(1, (STEPS, k)),
+    "lognormal": lambda g, k: np.exp(0.8 * g.standard_normal((STEPS, k))),
+    "half of 8 rewards": lambda g, k: g.binomial(8, 0.5, (STEPS, k)) / 8,
+    "all but a few of 32": lambda g, k: g.binomial(32, 0.995, (STEPS, k)) / 32,
+    "one reward": lambda g, k: g.binomial(1, 0.5, (STEPS, k)),
+    "negative": lambda g, k: -15 + g.standard_normal((STEPS, k)),
+}
+
+
+QUICK_NOISE = ("exponential", "one reward", "negative")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK_NOISE else pytest.param(kind, marks=pytest.mark.slow) for kind in NOISE],
+)
+def test_noise_alone_moves_no_weight(kind: str) -> None:
+    rows = NOISE[kind](np.random.default_rng(14), 5).astype(np.float64)
+    signals = ["loss", "loss", "loss", "reward", "reward"]
+    weights, retentions, _ = follow(rows, signals, retention=10.0)
+    without = RecapReweighter(5, signals=signals)
+    plain = np.array([without.update(row).numpy() for row in torch.tensor(rows)])
+    assert (retentions[9:] > 0).mean() < 1e-3
+    # A tenth of a percent of a weight, in the mean over the steps and at their 99.5th percentile.
+    moved = np.abs(weights - plain)[19:].max(axis=1)
+    assert moved.mean() < 1e-3
+    assert np.quantile(moved, 0.995) < 1e-3
+    if kind == "normal":
+        assert np.abs(weights - 1).max() < 0.05  # c and i move them by so much
+
+
+@pytest.mark.parametrize("signal", ["loss", "reward"])
+@pytest.mark.parametrize("steps_of_change", [1, 10, 200])
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_what_is_lost_gains_weight(signal: Any, steps_of_change: int, alpha: float | None) -> None:
+    noise = 1 + 0.02 * np.random.default_rng(3).standard_normal((600, 5))
+    change = np.clip((np.arange(600) - 200) / steps_of_change, 0, 1) * 0.2
+    noise[:, 0] += change if signal == "loss" else -change
+    weights, retentions, reweighter = follow(noise, signal, retention=20.0, alpha=alpha)
+    assert np.nanmax(retentions[:200]) == 0
+    assert np.abs(weights[:200] - 1).max() < 0.02
+    # 20 % less the noise of two means, and not for a while only.
+    lasting = slice(200 + steps_of_change + 20, None)
+    assert retentions[lasting, 0].min() > 0.1
+    assert retentions[lasting, 0].max() < 0.2
+    assert retentions[lasting, 1:].max() == 0
+    assert weights[lasting, 0].min() > 1.3
+    assert weights[lasting, 1:].max() < 1
+    plain = RecapReweighter(5, signals=signal, alpha=alpha)
+    for row in torch.tensor(noise[:220]):
+        without = plain.update(row)
+    assert without[0] < 1 or steps_of_change == 1  # what retention is there for
+
+
+def test_what_comes_back_loses_the_weight_again() -> None:
+    values = np.full((120, 2), 0.8)
+    values[40:80, 0] = 0.4
+    weights, retentions, _ = follow(values, "reward", retention=10.0)
+    assert retentions[60, 0] == pytest.approx(0.5, abs=0.3)
+    assert weights[60:79, 0].min() > 1.1
+    assert retentions[90:, 0].max() == 0
+    np.testing.assert_allclose(weights[110:], 1, atol=1e-6)
+
+
+def test_saturated_rewards_have_no_noise_and_any_drop_of_them_counts() -> None:
+    values = np.ones((400, 3))
+    values[:, 1] = 0
+    values[200:, 2] = 0.96
+    weights, retentions, reweighter = follow(values, "reward", retention=10.0)
+    assert np.nanmax(retentions[:200]) == 0
+    assert retentions[200:, :2].max() == 0
+    # The step itself is a difference that has to leave the long-run noise first.
+    assert retentions[-1, 2] == pytest.approx(0.04, abs=0.01)
+    state = reweighter.state_dict()
+    assert state["best"].tolist() == [1, 0, 1]
+    assert state["noise"][:2].tolist() == [0, 0]
+
+
+def test_a_loss_of_zero_that_comes_back_stays_within_bounds() -> None:
+    values = np.zeros((60, 2))
+    values[:, 1] = 1
+    values[30:, 0] = np.random.default_rng(0).uniform(0, 1, 30)
+    weights, retentions, _ = follow(values, "loss", retention=1.0)
+    assert 0 < retentions[30:, 0].max() < 2  # relative to the noise, where the best is 0
+    exact = values.copy()
+    exact[30:, 0] = 1
+    _, retentions, _ = follow(exact, "loss", retention=1.0)
+    assert retentions[30:, 0].max() <= 10  # max_rate
+
+
+def test_negative_means_are_lost_in_the_right_direction() -> None:
+    generator = np.random.default_rng(5)
+    values = -15 + 0.2 * generator.standard_normal((300, 4))
+    values[100:, 0] += 3  # a worse loss
+    values[100:, 1] -= 3  # a better one
+    values[100:, 2] -= 3  # a worse reward
+    weights, retentions, reweighter = follow(
+        values, ["loss", "loss", "reward", "reward"], retention=20.0
+    )
+    assert retentions[120:, [0, 2]].min() > 0.1
+    assert retentions[120:, [1, 3]].max() == 0
+    assert weights[150:, [0, 2]].min() > 1.2
+    best = reweighter.state_dict()["best"]
+    assert best.dtype == torch.float64
+    np.testing.assert_allclose(best, [-15, -18, -15, -15], atol=0.3)
+
+
+def test_retention_is_ready_after_one_window() -> None:
+    reweighter = RecapReweighter(2, window=4, retention=8.0, temperature=2.0)
+    assert reweighter.retentions is not None
+    for step in range(3):
+        assert reweighter.update(torch.tensor([1.0, 1.0])).tolist() == [1, 1], step
+        assert reweighter.retentions.isnan().all()
+    for _ in range(2):
+        reweighter.update(torch.tensor([1.0, 1.0]))
+    for value in (1.5, 1.5):
+        weights = reweighter.update(torch.tensor([value, 1.0]))
+    assert reweighter.rates.isnan().all()
+    assert reweighter.instabilities.isnan().all()
+    # Of the values 1, 1, 1.5, 1.5: one difference of 0.5 among three, and the mean 1.25.
+    floor = 4 * math.sqrt(0.25 / 6 / 4)
+    r = max(0.0, 1.25 - floor - 1)
+    np.testing.assert_allclose(reweighter.retentions, [r, 0], atol=1e-7)
+    np.testing.assert_allclose(reweighter.priorities, [1 + 8 * r, 1], rtol=1e-6)
+    for value in (1.5, 1.5):
+        weights = reweighter.update(torch.tensor([value, 1.0]))
+    r = reweighter.retentions[0].item()
+    assert r == pytest.approx(0.5 - 4 * math.sqrt(0.25 / 2 / 8 / 4), abs=1e-6)
+    assert not reweighter.rates.isnan().any()
+    c, i = reweighter.rates[0].item(), reweighter.instabilities[0].item()
+    assert reweighter.priorities[0].item() == pytest.approx(c + i + 8 * r, rel=1e-5)
+    assert weights[0] > 1 > weights[1]
+
+
+def test_without_retention_nothing_of_it_is_there() -> None:
+    reweighter = make_reweighter("recap", K, preset="paper", window=3)
+    assert reweighter.retentions is None
+    assert set(reweighter.state_dict()) == {  # as every checkpoint from before has them
+        "weights", "rates", "instabilities", "priorities", "values", "counts",
+    }  # fmt: skip
+    zero = RecapReweighter(K, window=3, max_rate=None, retention=0.0)
+    for values, present in stream(30):
+        one, other = reweighter.update(values, present), zero.update(values, present)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    state = reweighter.state_dict()
+    zero.load_state_dict(state)
+    with pytest.raises(ValueError, match="has the entries .*'best'"):
+        RecapReweighter(K, window=4, retention=1.0).load_state_dict(state)
 
 
 # --- Curves shaped like the paper's Figure 4 ---
@@ -535,6 +747,9 @@ def test_saw_without_deviations_uses_its_window() -> None:
         ("recap", {"alpha": 1.5}, "alpha must be None or a number in"),
         ("recap", {"std": "old"}, "std must be one of"),
         ("recap", {"max_rate": -1.0}, "max_rate must be None or"),
+        ("recap", {"retention": -1.0}, "retention must be a finite number >= 0, got -1.0"),
+        ("recap", {"retention": math.inf}, "retention must be a finite number >= 0, got inf"),
+        ("recap", {"retention": 1.0, "window": 3}, "window must be >= 4 with retention > 0, got 3"),
         ("recap", {"signals": ["loss"]}, "or 3 of them"),
         ("recap", {"signals": "rewards"}, "signals must be one of"),
         ("rlw", {"seed": -1}, "seed must be an integer"),

@@ -88,6 +88,25 @@ def test_guard_without_a_maximum_only_warns(caplog: pytest.LogCaptureFixture) ->
     assert "differ from the trainer's by 7" in caplog.text
 
 
+def test_guard_does_not_take_drift_for_a_mismatch(
+    caplog: pytest.LogCaptureFixture, model: Any
+) -> None:
+    guard = MismatchGuard(RolloutConfig(), Mirror(dict(iter_weights(model))), model)
+    guard.check(0.2, 0.7, step=4, staleness=1)
+    assert caplog.text == ""
+    guard.check(0.2, 0.7, step=1, staleness=0)
+    assert "differ from the trainer's by 0.2" in caplog.text
+    with pytest.raises(WeightSyncError, match="up to 2 optimizer steps old, .*learning_rate"):
+        guard.check(0.6, 0.7, step=5, staleness=2)
+
+
+def test_guard_names_a_weight_that_is_off_where_tokens_are_old_too(model: Any) -> None:
+    weights = {name: tensor.clone() for name, tensor in iter_weights(model)}
+    weights["model.norm.weight"] *= 1.5
+    with pytest.raises(WeightSyncError, match=r"of 1 of 21 weights: model\.norm\.weight"):
+        MismatchGuard(RolloutConfig(), Mirror(weights), model).check(0.6, 0.7, 5, staleness=1)
+
+
 @pytest.mark.parametrize("maximum", [0.5, None])
 def test_guard_stops_at_nan(maximum: float | None) -> None:
     guard = MismatchGuard(RolloutConfig(max_logprob_diff=maximum), BLIND)

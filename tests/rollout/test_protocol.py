@@ -14,12 +14,14 @@ from recap_fast.rollout.embedded import EmbeddedEngine
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.protocol import (
     EngineError,
+    ExpectedWeights,
     build_rollouts,
     iter_weights,
     prompt_seed,
     stop_token_ids,
+    weight_names,
 )
-from recap_fast.types import Prompt
+from recap_fast.types import Prompt, WeightSyncError
 from tests.rollout.conftest import random_llama
 
 
@@ -38,7 +40,19 @@ def test_stream_is_complete_in_layer_order_and_copies_nothing(tied: bool) -> Non
     layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
     assert layers == sorted(layers)
     assert names[0] == "model.embed_tokens.weight"
-    assert names[-1] == "lm_head.weight"
+    assert names[1 if tied else -1] == "lm_head.weight"
+    assert weight_names(model) == weights.keys()
+
+
+def test_what_a_stream_lacks_is_named() -> None:
+    sent = [(name, torch.zeros(1)) for name in "bdf"]
+    expected = ExpectedWeights("abcdefghij")
+    assert [name for name, _ in expected.watch(sent)] == ["b", "d", "f"]
+    with pytest.raises(WeightSyncError, match=r"an engine was sent an incomplete set of weights; "
+                                              r"it lacked a, c, e, g, h and 2 more$"):  # fmt: skip
+        expected.check("an engine")
+    list(expected.watch((name, torch.zeros(1)) for name in "aceghij"))
+    expected.check("an engine")
 
 
 def make(engine: str, tokenizer: Any) -> Any:

@@ -16,6 +16,7 @@ from recap_fast.rollout import mismatch, vllm
 from recap_fast.rollout.embedded import inference_state
 from recap_fast.rollout.mismatch import MismatchGuard, logprob_diff, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
+from recap_fast.rollout.vllm_process import process_state_kept
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 
 GROUPS = [
@@ -106,6 +107,17 @@ def test_seed_decides_and_global_random_state_is_untouched(
     vllm_engine.generate(prompts, spec)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python_state
+
+
+def test_prompts_that_do_not_fit_one_step_are_sampled(vllm_engine: Any, model: Any) -> None:
+    """vLLM would take the rest of a prompt in another step, for which a CPU has no generators."""
+    prompts = [
+        Prompt("test", row, [(7 * i + 3 * row) % 90 + 3 for i in range(101)], "", "", {})
+        for row in range(400)
+    ]
+    rollouts = vllm_engine.generate(prompts, SamplingSpec(1, 2, 1.0, seed=3))
+    assert len(rollouts) == 400
+    assert mean_mismatch(model, rollouts[::40], 1.0) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -260,11 +272,11 @@ def test_the_allocators_options_outlive_the_start(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    with vllm._process_state_kept():
+    with process_state_kept():
         pass
     assert options == []
     monkeypatch.setenv(name, "expandable_segments:True")
-    with vllm._process_state_kept():
+    with process_state_kept():
         torch._C._accelerator_setAllocatorSettings("max_split_size_mb:20")
     assert options == ["max_split_size_mb:20", "expandable_segments:True"]
 

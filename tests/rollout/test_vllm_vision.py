@@ -75,6 +75,7 @@ def running(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_run_through_vllm(tmp_path):
     """Two steps that train the tower: were one of them not synced, log-probs would differ."""
     if why_unavailable(torch.device("cpu")) is not None:

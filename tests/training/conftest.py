@@ -1,13 +1,23 @@
-"""A benchmark for lm-eval that needs no network."""
+"""A benchmark for lm-eval that needs no network, and sources of rollouts with a stand-in engine."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 import pytest
+
+from recap_fast.data.mix import DataStream
+from recap_fast.rewards.scorer import RewardScorer
+from recap_fast.training.distributed import ALONE, World
+from recap_fast.training.rollout_source import AsynchronousRollouts, SynchronousRollouts
+from tests.tiny import save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+from tests.training.ahead import Engine, make_config
 
 TASK = """
 task: capitals
@@ -42,3 +52,38 @@ def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without lm-eval's own index, which takes seconds to read."""
     smaller = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", smaller)
+
+
+@pytest.fixture(scope="module")
+def ahead_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def scorers() -> Iterator[list[RewardScorer]]:
+    found: list[RewardScorer] = []
+    yield found
+    for scorer in found:
+        scorer.close()
+
+
+@pytest.fixture
+def make_source(tmp_path: Path, ahead_model: Path, scorers: list[RewardScorer]) -> Iterator[Any]:
+    """Makes a source and its engine, for a depth and overrides of the configuration."""
+    sources: list[Any] = []
+
+    def build(
+        depth: int, *more: str, engine: Engine | None = None, world: World = ALONE
+    ) -> tuple[Any, Engine]:
+        config = make_config(tmp_path, ahead_model, depth, *more)
+        engine = engine or Engine()
+        if not scorers:
+            scorers.append(RewardScorer(config.data.sources, config.objectives, config.rewards))
+        stream = DataStream(config.data, tiny_tokenizer(), config.seed, None)
+        kind = AsynchronousRollouts if depth else SynchronousRollouts
+        sources.append(kind(config, stream, engine, scorers[0], world))
+        return sources[-1], engine
+
+    yield build
+    for source in sources:
+        source.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,21 +10,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recap_fast.config import TrainConfig, load_config
 from recap_fast.model.folder import is_checkpoint
-from recap_fast.model.policy import resolve_model
-from recap_fast.rollout.vllm import _process_state_kept, why_unavailable
+from recap_fast.model.model_path import resolve_model
+from recap_fast.rollout.vllm import why_unavailable
+from recap_fast.rollout.vllm_process import process_state_kept
 from recap_fast.trainer import Trainer
-from recap_fast.training import checkpoint
+from recap_fast.training import safetensors_writer
 from recap_fast.training.checkpoint import (
     CheckpointError,
     TrainerState,
-    check_savable,
     latest_checkpoint,
     list_checkpoints,
     load_state,
-    save_checkpoint,
+    small_files,
 )
 from recap_fast.training.evaluate import evaluate_model
+from recap_fast.training.export import export_model
 from recap_fast.training.harness import evaluate_tasks
+from recap_fast.training.sharded_checkpoint import CheckpointSaver
 from recap_fast.types import UserError
 from tests.rollout.conftest import random_llama
 from tests.tiny import tiny_config, tiny_llama
@@ -33,6 +36,10 @@ from tests.tiny_tokenizer import tiny_tokenizer
 def state(step: int) -> TrainerState:
     tensors = {"optimizer/exp_avg/x": torch.arange(4.0), "step": torch.tensor(2.0)}
     return TrainerState(step, {"sums": {"drawn": 3}}, tensors)
+
+
+def save_checkpoint(folder, state, model, tokenizer, keep):
+    return CheckpointSaver(folder, model, tokenizer, keep=keep).start(state)
 
 
 def test_is_a_hugging_face_model(tmp_path):
@@ -55,7 +62,7 @@ def test_state_round_trip(tmp_path):
     assert (loaded.step, loaded.data) == (3, saved.data)
     assert loaded.tensors.keys() == saved.tensors.keys()
     for key, tensor in saved.tensors.items():
-        assert torch.equal(loaded.tensors[key], tensor)
+        assert torch.equal(loaded.tensors[key][...], tensor)
 
 
 def test_keeps_the_newest(tmp_path):
@@ -75,7 +82,7 @@ def test_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recap_fast.training.checkpoint.save_file", die)
+        patch.setattr("recap_fast.training.safetensors_writer.write_at", die)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, state(2), model, tokenizer, keep=2)
     assert latest_checkpoint(tmp_path).name == "step-000001"
@@ -84,11 +91,13 @@ def test_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_saving_a_step_again_never_removes_it(tmp_path, monkeypatch):
+def test_saving_a_step_again_never_removes_it(tmp_path):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     first = save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1)
-    monkeypatch.setattr("recap_fast.training.checkpoint.shutil.rmtree", None)
+    inode = first.stat().st_ino
     assert save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1) == first
+    assert first.stat().st_ino == inode
+    assert list(tmp_path.iterdir()) == [first]
 
 
 def test_none_to_resume_from(tmp_path):
@@ -105,8 +114,13 @@ def test_damaged_state_is_reported(tmp_path, name):
 
 
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(checkpoint, "_flush_path", flushed.append)
+    flushed, fsync = [], os.fsync
+
+    def remember(handle):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", remember)
     folder = save_checkpoint(tmp_path, state(1), tiny_llama(), tiny_tokenizer(), keep=1)
     written = {path.relative_to(folder) for path in folder.rglob("*")}
     staging = tmp_path / ".step-000001.tmp"
@@ -226,16 +240,23 @@ def test_lm_eval_opens_a_checkpoint(newest, trained, task_folder, own_tasks_only
     assert scores["eval/capitals/acc"] in [hits / 6 for hits in range(7)]
 
 
-def test_vllm_opens_a_checkpoint(newest):
-    """vLLM as anyone starts it, on the folder as it is: its tokens are the trained model's."""
+@pytest.mark.parametrize("what", ["checkpoint", "export"])
+def test_vllm_opens_a_checkpoint(newest, what, tmp_path, monkeypatch):
+    """vLLM as anyone starts it, on the folder as it is, and on an export in several files: its
+    tokens are the trained model's."""
     needs_vllm()  # after which it runs in this process
     import vllm
     from vllm.distributed import parallel_state
 
+    folder = newest
+    if what == "export":
+        monkeypatch.setattr(safetensors_writer, "FILE_BYTES", 100_000)
+        folder = export_model(newest, tmp_path / "export")
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     texts = ["1+1=", "spell cat backwards"]
-    with _process_state_kept():  # the tests after this one share the process
+    with process_state_kept():  # the tests after this one share the process
         llm = vllm.LLM(
-            str(newest), dtype="float32", max_model_len=64, enforce_eager=True,
+            str(folder), dtype="float32", max_model_len=64, enforce_eager=True,
             kv_cache_memory_bytes=2**24, disable_log_stats=True,
         )  # fmt: skip
     try:
@@ -278,25 +299,25 @@ def test_an_old_checkpoint_is_evaluated_with_the_default_engine(trained, tmp_pat
 def test_a_trial_finds_what_could_not_be_saved_and_leaves_nothing(tmp_path, monkeypatch):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     folder = tmp_path / "checkpoints"
-    check_savable(folder, model, tokenizer)
+    small_files(folder, model, tokenizer)
     assert list(folder.iterdir()) == []
 
     model.generation_config.temperature = 0.5
     with pytest.raises(CheckpointError, match="cannot be written: .*temperature"):
-        check_savable(folder, model, tokenizer)
+        small_files(folder, model, tokenizer)
     model.generation_config.temperature = None
     model.config.helper = object()
     with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
-        check_savable(folder, model, tokenizer)
+        small_files(folder, model, tokenizer)
     del model.config.helper
     tokenizer.init_kwargs["helper"] = object()
     with pytest.raises(CheckpointError, match="cannot be written: .*not JSON serializable"):
-        check_savable(folder, model, tokenizer)
+        small_files(folder, model, tokenizer)
     assert list(folder.iterdir()) == []
 
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/trial: cannot be written"):
-        check_savable(tmp_path / "file", model, tiny_tokenizer())
+        small_files(tmp_path / "file", model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt2"])
@@ -305,7 +326,7 @@ def test_a_trial_needs_no_tensors_of_models_that_are_saved_under_other_names(tmp
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 32}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
-    check_savable(tmp_path, model, tiny_tokenizer())
+    small_files(tmp_path, model, tiny_tokenizer())
 
 
 def test_a_failed_write_keeps_the_last_and_leaves_nothing(tmp_path, monkeypatch):
@@ -316,7 +337,7 @@ def test_a_failed_write_keeps_the_last_and_leaves_nothing(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("recap_fast.training.checkpoint.save_file", full)
+        patch.setattr("recap_fast.training.safetensors_writer.write_at", full)
         with pytest.raises(CheckpointError, match="step-000002: cannot be written: .*No space"):
             save_checkpoint(tmp_path, state(2), model, tokenizer, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

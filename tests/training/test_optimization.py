@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from recap_fast.config import LoraConfig
+from recap_fast.model.lora import add_adapters
 from recap_fast.model.policy import Policy
 from recap_fast.ops import fused_linear_policy_loss, logprobs, policy_loss
 from recap_fast.ops.launch import recording
+from recap_fast.reweighting.recap import make_reweighter
+from recap_fast.rollout.protocol import iter_weights
 from recap_fast.training import optimization
 from recap_fast.training.optimization import PolicyOptimizer, combine_stats, learning_rate
 from recap_fast.training.packing import PackedUpdate, pack_update
+from recap_fast.training.step_metrics import device_metrics
 from recap_fast.types import SupervisedRow
 from tests.no_sync import ForbidHostSync
 from tests.tiny import (
@@ -120,7 +125,7 @@ def test_accumulation_equals_one_batch(config):
     # An entry whose gradient is near AdamW's eps moves by a part of the learning rate that its
     # rounding decides.
     for name in ("objective_losses", "entropy", "grad_norm", "logprob_diff_mean",
-                 "logprob_diff_max"):  # fmt: skip
+                 "logprob_diff_max", "gradient_norms"):  # fmt: skip
         torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-4, atol=1e-6)
     for a, b in zip(many_parameters, one_parameters, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
@@ -147,6 +152,33 @@ def test_clipping_and_step_equal_plain_torch(config):
     torch.testing.assert_close(stats.grad_norm, norm, rtol=1e-4, atol=1e-6)
     for ours, expected in zip(parameters(policy), parameters(plain), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [1000, 60])
+def test_the_gradient_of_each_objective_is_measured_alone(config, max_tokens):
+    """One backward pass an objective through the reference, and the step after it is as ever."""
+    update = make_update(config, max_tokens)
+    plain = tiny_policy()
+    expected = []
+    for k in range(3):
+        plain.model.zero_grad()
+        for batch in update.batches:
+            fused_linear_policy_loss(
+                plain.hidden(batch), plain.head.weight, batch.targets,
+                sequence_ids=batch.sequence_ids, advantages=update.advantages,
+                objective_weights=3 * torch.eye(3)[k], token_objectives=batch.token_objectives,
+                denominators=update.denominators, config=config.loss, impl="reference",
+            ).loss.backward()  # fmt: skip
+        expected.append(torch.nn.utils.get_total_norm([p.grad for p in plain.model.parameters()]))
+    measured, other = (PolicyOptimizer(tiny_policy(), None, config) for _ in range(2))
+    update_on = update.to(measured.policy.device)
+    with ForbidHostSync():
+        norms = measured.measure_gradients(update_on)
+    torch.testing.assert_close(norms, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    for optimizer in (measured, other):
+        optimizer.step(update, torch.ones(3), 1e-3)
+    for a, b in zip(parameters(measured.policy), parameters(other.policy), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,6 +214,29 @@ def test_a_frozen_head_gets_no_gradient(config):
     PolicyOptimizer(policy, None, config).step(make_update(config), torch.ones(3), 1e-3)
     assert policy.head.weight.grad is None
     assert torch.equal(policy.head.weight, before)
+
+
+def test_adapters_have_the_gradients_of_the_weights_that_they_stand_for(config, monkeypatch):
+    """With W = W0 + s B A: dA = s B^T dW and dB = s dW A^T, where dW is what a plain model of the
+    merged weights has after the same passes."""
+    adapted, plain = tiny_policy(tied=False), tiny_policy(tied=False)
+    add_adapters(adapted.model, LoraConfig(rank=4, alpha=6), "base")
+    adapters = {n: p for n, p in adapted.model.named_parameters() if ".lora_" in n}
+    for parameter in adapters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    plain.model.load_state_dict(dict(iter_weights(adapted.model)))
+    update = make_update(config, max_tokens=60)
+    assert len(update.batches) > 1
+    for policy in (adapted, plain):
+        optimizer = PolicyOptimizer(policy, None, config)
+        monkeypatch.setattr(optimizer, "_apply", lambda lr, stats: None)
+        optimizer.step(update, torch.tensor([0.5, 1.5, 1.0]), 1e-3)
+    for layer in {name.partition(".lora_")[0] for name in adapters}:
+        gradient = plain.model.get_parameter(f"{layer}.weight").grad
+        a, b = (adapters[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+        torch.testing.assert_close(a.grad, 6 / 4 * b.T @ gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(b.grad, 6 / 4 * gradient @ a.T, rtol=1e-3, atol=1e-6)
+    assert all(p.grad is None for n, p in adapted.model.named_parameters() if ".lora_" not in n)
 
 
 def test_gradients_keep_their_buffers(config):
@@ -329,6 +384,65 @@ def test_several_updates_use_the_sampled_logprobs(tmp_path):
     )
     assert stats.clip_fraction[:2].min().item() > 0.1
     assert stats.clip_fraction[2].isnan()  # supervised: there is no ratio
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("max_tokens", [60, 1000])
+def test_importance_weights_are_those_of_the_trained_policy(tmp_path, mode, max_tokens):
+    """Which is not the one that sampled, in several updates either: nothing is left to clip."""
+    config = tiny_config(
+        tmp_path, tmp_path, "training.updates_per_rollout=2", "loss.rollout_is_cap=2.0",
+        "loss.rollout_is_min=0.5", f"loss.rollout_is_mode={mode}",
+    )  # fmt: skip
+    policy, update = tiny_policy(), make_update(config, max_tokens)
+    ratios = []
+    for batch in update.batches:
+        with torch.no_grad():
+            logits = policy.hidden(batch) @ policy.head.weight.T
+        logprobs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        batch.rollout_logprobs.copy_(logprobs + torch.linspace(-1.5, 1.5, len(logprobs)))
+        ratios.append((logprobs - batch.rollout_logprobs)[batch.token_objectives < 0].exp())
+    ratio = torch.cat(ratios)
+    bounded = (ratio < 0.5) | (ratio > 2)
+    weights = ratio.where(~bounded, 0.0) if mode == "mask" else ratio.clamp(0.5, 2.0)
+    assert 0 < bounded.sum() < len(ratio)
+
+    optimizer = PolicyOptimizer(policy, None, config)
+    lambdas = torch.ones(3)
+    with ForbidHostSync():
+        stats = optimizer.step(update, lambdas, 0.0)
+    sums = [len(ratio), weights.sum(), weights.square().sum(), bounded.sum()]
+    torch.testing.assert_close(stats.importance, torch.tensor(sums, dtype=torch.float32))
+    assert (stats.clip_fraction[:2] == 0).all()
+    both = combine_stats([stats, stats], [update, update])
+    found = device_metrics(["a", "b", "c"], make_reweighter("uniform", 3), both)
+    assert found["importance/effective_sample_size"] == pytest.approx(
+        (weights.sum().square() / weights.square().sum() / len(ratio)).item(), rel=1e-5
+    )
+    assert found["importance/bounded_fraction"] == pytest.approx(bounded.float().mean().item())
+    assert not any(name.startswith("retention/") for name in found)
+    retaining = make_reweighter("recap", 3, window=4, retention=1.0)
+    for _ in range(4):
+        retaining.update(torch.ones(3))
+    found = device_metrics(["a", "b", "c"], retaining, both)
+    assert [found[f"retention/{name}"] for name in "abc"] == [0, 0, 0]
+
+
+def test_importance_weights_without_tokens_or_where_all_are_masked(tmp_path):
+    settings = ["loss.rollout_is_cap=1e-7", "loss.rollout_is_mode=mask"]
+    config = tiny_config(tmp_path, tmp_path, *settings)
+    rollouts, advantages, _ = make_rows(3, 2, 4, 0)
+    idle = pack_update(
+        rollouts, np.zeros_like(advantages), [], [], config=config.loss, max_tokens=1000
+    )
+    reweighter = make_reweighter("uniform", 3)
+    found = []
+    for update in (make_update(config), idle):
+        stats = PolicyOptimizer(tiny_policy(), None, config).step(update, torch.ones(3), 1e-3)
+        metrics = device_metrics(["a", "b", "c"], reweighter, stats)
+        found.append([v for name, v in metrics.items() if name.startswith("importance/")])
+    assert found[0] == [0.0, 1.0]
+    assert all(map(math.isnan, found[1]))
 
 
 def test_bfloat16_compute_moves_float32_weights_by_tiny_steps(config):

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.training_step import WORKLOADS, make_config, make_update
+from recap_fast.model.vision import VisionAdapter, make_adapter
 from recap_fast.ops.loss_config import PolicyLossConfig
 from recap_fast.training.packing import MAX_OVERFILL, PackedUpdate, pack_update
 from recap_fast.types import Prompt, Rollout, SupervisedRow
-from tests.tiny import VOCAB, tiny_policy
+from tests.tiny import VOCAB, image_tokens, packed_vision_model, tiny_image, tiny_policy
 
 
 def make_rows(seed: int, groups: int, size: int, supervised: int, longest: int = 17):
@@ -277,3 +278,47 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_ranks_share_what_images_cost(trained: bool) -> None:
+    """Rows of equal length, half of them mostly images: dealt by tokens alone, one rank would have
+    all of the tower's work."""
+    model = packed_vision_model("qwen2_5_vl")
+    vision = make_adapter(model)
+    vision.tower.requires_grad_(trained)
+    # By hand: 4 patches a token, of blocks as large as they are; a frozen tower is run once, the
+    # text model three times.
+    blocks, merger, text = (
+        sum(p.numel() for p in part.parameters())
+        for part in (vision.tower.blocks, vision.tower, model.model.language_model.layers)
+    )
+    cost = (4 * blocks + merger - blocks) / text / (1 if trained else 3)
+    assert vision.token_cost == pytest.approx(cost)
+    random = np.random.default_rng(0)
+    rows = []
+    for row in range(12):
+        images = (tiny_image(random, 6, 6),) if row < 6 else ()
+        ids = [5, *(token for image in images for token in image_tokens(image))]
+        rows.append(SupervisedRow("s", row, ids + [7] * (60 - len(ids)), 50, images))
+
+    def costs(vision: VisionAdapter, size: int) -> list[float]:
+        updates = [
+            pack_update(
+                [], np.empty((0, 1), np.float32), rows, [0] * len(rows), config=PolicyLossConfig(),
+                max_tokens=1000, vision=vision, rank=rank, size=size,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        batches = [batch for update in updates for batch in update.batches]
+        assert len(batches) == size
+        assert sum(len(batch.input_ids) for batch in batches) == 12 * 59
+        return [
+            len(batch.input_ids) + cost * (len(batch.images.token_index) if batch.images else 0)
+            for batch in batches
+        ]
+
+    heaviest = 59 + 36 * cost
+    for size in (2, 3):
+        dealt = costs(vision, size)
+        assert max(dealt) - min(dealt) <= heaviest

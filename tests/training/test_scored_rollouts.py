@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from recap_fast.training.distributed import World
 from recap_fast.training.scored_rollouts import generate_and_score
-from recap_fast.types import Prompt, RewardTable, Rollout, SamplingSpec
+from recap_fast.types import Prompt, RewardTable, Rollout, SamplingSpec, UserError
 
 SPEC = SamplingSpec(2, 8, 1.0, 0)
 
@@ -14,8 +16,13 @@ SPEC = SamplingSpec(2, 8, 1.0, 0)
 class Engine:
     """Finishes groups in a given order, and notes how far it came."""
 
+    ranks = 1
+
     def __init__(self, order):
         self.order, self.done = order, []
+
+    def any_rank(self, here):
+        return here
 
     def generate(self, prompts, sampling, on_group=None):
         groups = {
@@ -37,7 +44,7 @@ class Scorer:
     def __init__(self):
         self.rows, self.limits = [], []
 
-    def start(self, max_new_tokens):
+    def start(self, max_new_tokens, tally=None):
         self.limits.append(max_new_tokens)
         return self
 
@@ -77,3 +84,69 @@ def test_a_stop_ends_sampling_after_the_group_in_progress():
     scorer.add = lambda group: (add(group), stop.append(15))
     assert generate_and_score(engine, scorer, prompts(3), SPEC, stop) is None
     assert engine.done == [1]
+
+
+class Told(World):
+    """Hears of nobody else."""
+
+    def exchange(self, work):
+        return [work()]
+
+
+def told(rank, size):
+    return Told(rank, size, torch.device("cpu"), None)
+
+
+class Shared(Engine):
+    """As one of several processes hears it, in which the others say what they are told to."""
+
+    def __init__(self, order, ranks, others=()):
+        super().__init__(order)
+        self.ranks, self.others = ranks, iter(others)
+
+    def any_rank(self, here):
+        return here or next(self.others, False)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_processes_of_an_engine_score_a_part_each(place):
+    world = told(place, 2)
+    scorer, engine = Scorer(), Shared([2, 0, 3, 1], ranks=2)
+    scored = generate_and_score(engine, scorer, prompts(4), SPEC, world=world)
+    assert engine.done == [2, 0, 3, 1], "both sample all"
+    assert sorted({group for group, _ in scorer.rows}) == [place, place + 2]
+    assert [r.group for r in scored.rollouts] == [place, place, place + 2, place + 2]
+    assert scored.rewards.values.tolist() == [r.token_ids for r in scored.rollouts]
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(0, [0, 2]), (1, [0, 2]), (2, [1, 3]), (3, [1, 3])])
+def test_engines_share_the_prompts_and_their_processes_do_not(rank, wanted):
+    engine = Shared([], ranks=2)
+    asked = []
+    engine.generate = lambda prompts, sampling, on_group: (
+        asked.append(([p.row for p in prompts], [sampling.group(i) for i in range(len(prompts))]))
+        or []
+    )
+    generate_and_score(engine, Scorer(), prompts(4), SPEC, world=told(rank, 4))
+    assert asked == [(wanted, wanted)]
+
+
+def test_a_stop_elsewhere_ends_the_sampling_of_the_whole_engine():
+    engine = Shared([1, 0, 2], ranks=2, others=[False, True])
+    world = told(0, 2)
+    assert generate_and_score(engine, Scorer(), prompts(3), SPEC, world=world) is None
+    assert engine.done == [1]
+
+
+def test_what_goes_wrong_in_scoring_waits_until_the_whole_engine_stops():
+    """The processes of an engine step together: one that left in between would let others hang."""
+    engine, scorer = Shared([0, 1, 2], ranks=2), Scorer()
+    world = told(0, 2)
+
+    def fail(group):
+        raise UserError("no workers")
+
+    scorer.add = fail
+    with pytest.raises(UserError, match="no workers"):
+        generate_and_score(engine, scorer, prompts(3), SPEC, world=world)
+    assert engine.done == [0]

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from recap_fast.config import ModelConfig, TrainConfig, load_config
-from recap_fast.model.policy import ModelError, load_policy
+from recap_fast.model.errors import ModelError
+from recap_fast.model.policy import load_policy
 from recap_fast.model.vision import MODEL_TYPES
 from recap_fast.report.metrics import read_metrics
 from recap_fast.trainer import Trainer

@@ -1,0 +1,130 @@
+"""Does each objective's pull at the hidden states tell that in the parameters, and at what cost?
+
+    python -m benchmarks.gradient_strength [CONFIG] [--steps 24] [--every 2] [--json FILE]
+
+Trains CONFIG (examples/smollm2-cpu.yaml) and every few steps measures the true norms, one backward
+pass an objective, beside those that the loss hands over. What `reweighting.balance` needs is how
+objectives compare, so each is taken relative to the geometric mean of its step's. Prints by what
+factor those differ from the true ones, beside the factors themselves, and the time of the loss with
+and without them, in turns, at the model's shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measuring import provenance
+from recap_fast.config import TrainConfig, load_config
+from recap_fast.ops import fused_linear_policy_loss
+from recap_fast.report.metrics import read_metrics
+from recap_fast.trainer import Trainer
+
+ROUNDS = 15
+TOKENS, HIDDEN, VOCABULARY, OBJECTIVES = 2048, 576, 49152, 3  # SmolLM2-135M
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("config", nargs="?", default="examples/smollm2-cpu.yaml")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            f"run={folder}/run",
+            f"training.steps={given.steps}",
+            f"reweighting.measure_gradients_every={given.every}",
+            "evaluation.before=false",
+            "evaluation.after=false",
+        ]
+        config = load_config(given.config, overrides)
+        trainer = Trainer(config)
+        trainer.train()
+        trainer.close()
+        found = _compare(config, read_metrics(Path(config.run)))
+    about = provenance(torch.device("cpu"), "python -m benchmarks.gradient_strength")
+    text = json.dumps({**about, "config": given.config, **found, "cost": _cost()}, indent=1)
+    print(text)
+    if given.json is not None:
+        given.json.write_text(text + "\n")
+
+
+def _compare(config: TrainConfig, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [objective.name for objective in config.objectives]
+    steps, true, told = [], [], []
+    for row in rows:
+        if any(f"parameter_gradient_norm/{name}" not in row for name in names):
+            continue
+        steps.append(row["step"])
+        true.append([row[f"parameter_gradient_norm/{name}"] or np.nan for name in names])
+        told.append([row[f"gradient_norm/{name}"] or np.nan for name in names])
+    norms, pulls = (np.array(table, dtype=float) for table in (true, told))
+    missing = np.isnan(norms) | np.isnan(pulls)
+    norms[missing], pulls[missing] = np.nan, np.nan
+
+    def relative(table: np.ndarray) -> np.ndarray:
+        logs = np.log(table)
+        return logs - np.nanmean(logs, axis=1, keepdims=True)
+
+    error = relative(pulls) - relative(norms)
+    several = (~missing).sum(1) > 1  # of one alone there is nothing to tell
+    error, spread = error[several], relative(norms)[several]
+    known = ~np.isnan(error)
+    return {
+        "steps": steps,
+        "objectives": names,
+        "parameter_gradient_norms": _listed(norms),
+        "pulls_at_hidden_states": _listed(pulls),
+        "spread_of_true_norms": round(float(np.exp(np.abs(spread[known]).mean())), 3),
+        "left_after_dividing_by_pulls": round(float(np.exp(np.abs(error[known]).mean())), 3),
+        "correlation_of_logs": round(
+            float(np.corrcoef(spread[known], (error + spread)[known])[0, 1]), 3
+        ),
+    }
+
+
+def _listed(table: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(x) else round(float(x), 3) for x in row] for row in table]
+
+
+def _cost() -> dict[str, float]:
+    """Milliseconds of the loss, median of rounds taken in turns."""
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.bfloat16).mul_(0.04).requires_grad_()
+    kinds = torch.full((TOKENS,), -1)
+    kinds[TOKENS // 2 :] = OBJECTIVES - 1
+    arguments = {
+        "targets": torch.randint(0, VOCABULARY, (TOKENS,)),
+        "sequence_ids": torch.arange(TOKENS) // 128,
+        "advantages": torch.randn(TOKENS // 128, OBJECTIVES),
+        "token_objectives": kinds,
+        "impl": "torch",
+    }
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for wanted, found in seconds.items():
+            start = time.perf_counter()
+            fused_linear_policy_loss(hidden, weight, objective_gradients=wanted, **arguments)
+            found.append(time.perf_counter() - start)
+    without, beside = (1e3 * statistics.median(seconds[wanted][1:]) for wanted in (False, True))
+    return {
+        "loss_ms": round(without, 1),
+        "with_objective_gradients_ms": round(beside, 1),
+        "percent": round(100 * (beside / without - 1), 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

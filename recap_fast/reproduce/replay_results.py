@@ -1,0 +1,452 @@
+"""What came out where replay is scarce: abilities by share, what keeps grounding, cost, the claim.
+
+Shapes: S seeds, H shares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from recap_fast.report.history import RunHistory
+from recap_fast.report.metrics import MACHINE_FILE, read_metrics
+from recap_fast.reproduce.replay import (
+    CLAIM_SEEDS,
+    CLAIM_SHARES,
+    IMAGES,
+    METHODS,
+    NEW_METHODS,
+    NO_REPLAY,
+    ReplayCell,
+    ReplaySettings,
+)
+from recap_fast.reproduce.results import ABILITIES, RESULTS_FILE, TABLE_FILE, Score
+
+CALLS_FILE = "calls.jsonl"
+"""A line for each call of the command: its settings, and the runs that it had to do."""
+KEPT = 0.02
+"""IoU below the base's that counts as kept."""
+LOSS_RATIO, REASONING_COST = 0.5, 0.01
+"""Of the claim: the most that a new method may lose, in what Uniform loses and in accuracy."""
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run."""
+
+    scores: dict[str, float]
+    """By ability, on held-out rows after the last step."""
+    replayed: float
+    """Percent of the run's rows that were replayed."""
+    seconds: float
+    """Median time of a step."""
+    call: int | None
+    """Line of CALLS_FILE, from 0, with the call that finished it; None: of none."""
+
+
+Key = tuple[str, int, int]
+"""Method, share, seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, and the ends of its interval: nan of a single value."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A new method at one share of the claim. Intervals are over the S seeds."""
+
+    method: str
+    share: int
+    excess: Interval
+    """loss(new) - LOSS_RATIO * loss(Uniform), corrected for the number of new methods."""
+    reasoning_cost: Interval
+    """reasoning(Uniform) - reasoning(new), of which the mean counts; 95 %."""
+
+    @property
+    def passes(self) -> bool:
+        return self.excess.high < 0 and self.reasoning_cost.mean <= REASONING_COST
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The verdict, and what it rests on."""
+
+    trials: list[Trial]
+    missing: int
+    """Comparisons, of a new method with Uniform at one share and seed, that lack a run."""
+
+    @property
+    def winners(self) -> list[str]:
+        """Methods that pass at every share of the claim, once all runs are there."""
+        if self.missing:
+            return []
+        passing = {(trial.method, trial.share) for trial in self.trials if trial.passes}
+        return [m for m in NEW_METHODS if all((m, share) in passing for share in CLAIM_SHARES)]
+
+    @property
+    def verdict(self) -> str:
+        if self.missing:
+            return "NOT YET"
+        return "CONFIRMED" if self.winners else "REFUTED"
+
+
+class Outcomes:
+    """The finished runs of a grid.
+
+    Args:
+        base: scores of the base, by ability.
+        runs: by method, share and seed.
+    """
+
+    def __init__(
+        self, base: Mapping[str, float], runs: Mapping[Key, Outcome], settings: ReplaySettings
+    ) -> None:
+        self.base, self.runs, self.settings = dict(base), dict(runs), settings
+
+    @property
+    def methods(self) -> list[str]:
+        """Those with a run, in METHODS' order."""
+        return [name for name in METHODS if any(key[0] == name for key in self.runs)]
+
+    def shares(self, method: str) -> list[int]:
+        """Those that the method has a run at, in ascending order."""
+        return sorted({share for name, share, _ in self.runs if name == method})
+
+    def seeds(self, method: str, share: int) -> list[int]:
+        return sorted(seed for m, s, seed in self.runs if (m, s) == (method, share))
+
+    def values(self, method: str, share: int, ability: str) -> np.ndarray:
+        """[S] scores after the last step."""
+        seeds = self.seeds(method, share)
+        return np.array([self.runs[method, share, seed].scores[ability] for seed in seeds])
+
+    def replayed(self, method: str, share: int) -> float:
+        """Percent of the rows that were replayed, mean of the seeds; `share` unless adaptive."""
+        runs = [self.runs[method, share, seed] for seed in self.seeds(method, share)]
+        return float(np.mean([run.replayed for run in runs]))
+
+    def uniform_at(self, share: int, replayed: float, seed: int, ability: str) -> float | None:
+        """Uniform's score at the rows that another run of `share` percent has replayed: where
+        these are others (adaptive shares), between the measured shares on a straight line over
+        their logarithms. None: a run for it is missing."""
+        if replayed == share:
+            run = self.runs.get(("uniform", share, seed))
+            return run.scores[ability] if run else None
+        shares = sorted(self.settings.shares)
+        runs = [self.runs.get(("uniform", one, seed)) for one in shares]
+        scores = [run.scores[ability] for run in runs if run]
+        if len(scores) < len(shares):
+            return None
+        return float(np.interp(math.log(replayed), np.log(shares), scores))
+
+    def against_uniform(
+        self, method: str, share: int, ability: str, ratio: float = 1.0
+    ) -> np.ndarray:
+        """[S] what the method lost of an ability less `ratio` times what Uniform lost, by seed."""
+        found = []
+        for seed in self.seeds(method, share):
+            run = self.runs[method, share, seed]
+            uniform = self.uniform_at(share, run.replayed, seed, ability)
+            if uniform is not None:
+                base = self.base[ability]
+                found.append(base - run.scores[ability] - ratio * (base - uniform))
+        return np.array(found)
+
+
+def interval(values: np.ndarray, level: float = _CONFIDENCE) -> Interval:
+    """Student's t interval of the mean of values [S], S at least 1."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Interval(mean, math.nan, math.nan)
+    quantile = float(student_t.ppf((1 + level) / 2, count - 1))
+    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def collect(
+    cells: Sequence[ReplayCell], base: Mapping[str, float], settings: ReplaySettings, output: Path
+) -> Outcomes:
+    """The finished runs of a grid.
+
+    Args:
+        base: the base's scores by their keys in a run's metrics.
+        output: folder of CALLS_FILE.
+    """
+    calls = _read_calls(output)
+    runs = {
+        (cell.method, cell.share, cell.seed): _outcome(cell, calls)
+        for cell in cells
+        if cell.is_finished
+    }
+    return Outcomes({name: base[score.key] for name, score in ABILITIES.items()}, runs, settings)
+
+
+def _outcome(cell: ReplayCell, calls: Sequence[Mapping[str, Any]]) -> Outcome:
+    history = RunHistory(read_metrics(cell.folder))
+    return Outcome(
+        scores={name: _last(history, score) for name, score in ABILITIES.items()},
+        replayed=_replayed(history, cell.share),
+        seconds=float(np.median(history.series("time/total")[1])),
+        call=max((n for n, call in enumerate(calls) if cell.key in call["runs"]), default=None),
+    )
+
+
+def _replayed(history: RunHistory, share: int) -> float:
+    """Percent of the rows that were replayed: adaptive shares are recorded, each step those of the
+    rows to come."""
+    reasoning = history.series(f"mixing/{IMAGES.reasoning}")[1]
+    if not len(reasoning):
+        return float(share)
+    return float(np.mean([share, *100 * (1 - reasoning[:-1])]))
+
+
+def _last(history: RunHistory, score: Score) -> float:
+    return float(history.series(score.key)[1][-1])
+
+
+def _read_calls(output: Path) -> list[dict[str, Any]]:
+    path = output / CALLS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def share_kept(outcomes: Outcomes, method: str) -> Interval | None:
+    """The percentage of replay from which on grounding stays within KEPT of the base.
+
+    The mean over seeds is drawn through the measured shares on straight lines over their
+    logarithms; the interval's ends are where those of the mean's interval cross. -inf: kept at the
+    lowest share; inf: not at the highest. None: fewer than two shares are measured.
+    """
+    shares = outcomes.shares(method)
+    if len(shares) < 2:
+        return None
+    means = [interval(outcomes.values(method, share, "grounding")) for share in shares]
+    replayed = [outcomes.replayed(method, share) for share in shares]
+    wanted = outcomes.base["grounding"] - KEPT
+
+    def crossing(values: Sequence[float]) -> float:
+        return _last_crossing(np.array(replayed), np.array(values), wanted)
+
+    return Interval(
+        crossing([mean.mean for mean in means]),
+        crossing([mean.high for mean in means]),
+        crossing([mean.low for mean in means]),
+    )
+
+
+def _last_crossing(shares: np.ndarray, values: np.ndarray, wanted: float) -> float:
+    """The share [H] from which on the line through the values [H] stays at or above `wanted`."""
+    if np.isnan(values).any():
+        return math.nan
+    below = np.flatnonzero(values < wanted)
+    if not len(below):
+        return -math.inf
+    at = below[-1]
+    if at == len(shares) - 1:
+        return math.inf
+    part = (wanted - values[at]) / (values[at + 1] - values[at])
+    low, high = np.log(shares[at : at + 2])
+    return float(np.exp(low + part * (high - low)))
+
+
+def cost(outcomes: Outcomes, method: str) -> Interval | None:
+    """Time of a step over Uniform's, of runs with the same share and seed that the same call of the
+    command has finished. None: there are none."""
+    ratios = []
+    for (name, share, seed), run in outcomes.runs.items():
+        uniform = outcomes.runs.get(("uniform", share, seed))
+        if name == method and uniform and run.call is not None and run.call == uniform.call:
+            ratios.append(run.seconds / uniform.seconds)
+    return interval(np.array(ratios)) if ratios else None
+
+
+def judge_claim(outcomes: Outcomes) -> Claim:
+    """The claim of docs/recap.md. A trial is there once a seed of it is."""
+    level = 1 - (1 - _CONFIDENCE) / len(NEW_METHODS)
+    trials, compared = [], 0
+    for method in NEW_METHODS:
+        for share in CLAIM_SHARES:
+            excess = outcomes.against_uniform(method, share, "grounding", LOSS_RATIO)
+            reasoning = outcomes.against_uniform(method, share, "reasoning")
+            compared += len(excess)
+            if len(excess):
+                trials.append(Trial(method, share, interval(excess, level), interval(reasoning)))
+    planned = len(NEW_METHODS) * len(CLAIM_SHARES) * len(CLAIM_SEEDS)
+    return Claim(trials, planned - compared)
+
+
+def write_results(
+    outcomes: Outcomes, cells: Sequence[ReplayCell], settings: ReplaySettings, output: Path
+) -> str:
+    """Writes results.json and results.md, and returns the tables."""
+    content = {
+        "settings": asdict(settings),
+        "machines": _machines(cells),
+        "calls": _read_calls(output),
+        "base": outcomes.base,
+        "methods": {name: asdict(METHODS[name]) for name in outcomes.methods},
+        "runs": [
+            {"method": method, "share": share, "seed": seed, **asdict(outcome)}
+            for (method, share, seed), outcome in sorted(outcomes.runs.items())
+        ],
+        "share_kept": {name: _dict(share_kept(outcomes, name)) for name in outcomes.methods},
+        "cost": {name: _dict(cost(outcomes, name)) for name in outcomes.methods},
+        "claim": _claim_content(judge_claim(outcomes)),
+    }
+    text = json.dumps(content, indent=1, allow_nan=False)
+    (output / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    tables = render_tables(outcomes)
+    (output / TABLE_FILE).write_text(tables, encoding="utf-8")
+    return tables
+
+
+def _dict(found: Interval | None) -> dict[str, float | str] | None:
+    """JSON has no numbers for what is not finite."""
+    if found is None:
+        return None
+    return {k: v if math.isfinite(v) else str(v) for k, v in asdict(found).items()}
+
+
+def _claim_content(claim: Claim) -> dict[str, Any]:
+    return {
+        "verdict": claim.verdict,
+        "winners": claim.winners,
+        "missing": claim.missing,
+        "trials": [
+            {
+                "method": trial.method,
+                "share": trial.share,
+                "excess": _dict(trial.excess),
+                "reasoning_cost": _dict(trial.reasoning_cost),
+                "passes": trial.passes,
+            }
+            for trial in claim.trials
+        ],
+    }
+
+
+def _machines(cells: Sequence[ReplayCell]) -> list[dict[str, Any]]:
+    """The machines of the finished runs, each with the start of its first and of its last run."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        path = cell.folder / MACHINE_FILE
+        if cell.is_finished and path.exists():
+            machine = json.loads(path.read_text(encoding="utf-8"))
+            started = machine.pop("started")
+            key = json.dumps(machine, sort_keys=True)
+            entry = found.setdefault(key, machine | {"first": started, "last": started})
+            entry["first"] = min(entry["first"], started)
+            entry["last"] = max(entry["last"], started)
+    return list(found.values())
+
+
+def render_tables(outcomes: Outcomes) -> str:
+    """Markdown: each ability by method and share, what it takes to keep grounding, the claim. With
+    plus-minus or in brackets stand intervals over seeds, 95 % where no other is named."""
+    parts = [_ability_table(outcomes, ability) for ability in ABILITIES]
+    parts += [_summary_table(outcomes), _claim_table(outcomes)]
+    return "\n".join(parts)
+
+
+def _ability_table(outcomes: Outcomes, ability: str) -> str:
+    shares = sorted({share for _, share, _ in outcomes.runs if share})
+    base = outcomes.base[ability]
+    head = [f"{ABILITIES[ability].label}, base {base:.3f}", *(f"{s} %" for s in shares), "runs"]
+
+    def rows() -> Iterator[list[str]]:
+        for method in outcomes.methods:
+            alone = method == NO_REPLAY
+            found = [outcomes.values(method, 0 if alone else share, ability) for share in shares]
+            runs = sum(key[0] == method for key in outcomes.runs)
+            cells = [_shown_mean(interval(values)) if len(values) else "" for values in found]
+            yield [METHODS[method].label, *cells, str(runs)]
+
+    return _markdown(head, rows())
+
+
+def _summary_table(outcomes: Outcomes) -> str:
+    differences = [f"grounding less Uniform's, {share} %" for share in CLAIM_SHARES]
+    head = ["", f"share that keeps grounding within {KEPT}", *differences, "step time / Uniform's"]
+
+    def rows() -> Iterator[list[str]]:
+        for method in outcomes.methods:
+            lost = [outcomes.against_uniform(method, share, "grounding") for share in CLAIM_SHARES]
+            if method == "uniform":
+                lost = [np.array([])] * len(lost)
+            ratio = cost(outcomes, method)
+            yield [
+                METHODS[method].label,
+                _shown_share(share_kept(outcomes, method), outcomes.shares(method)),
+                *(_shown(interval(-values)) if len(values) else "" for values in lost),
+                "" if ratio is None else _shown(ratio, digits=2),
+            ]
+
+    return _markdown(head, rows())
+
+
+def _claim_table(outcomes: Outcomes) -> str:
+    claim = judge_claim(outcomes)
+    level = 100 * (1 - (1 - _CONFIDENCE) / len(NEW_METHODS))
+    head = [
+        "new method", "replay", f"loss - {LOSS_RATIO} x Uniform's ({level:.0f} %)",
+        "reasoning lost against Uniform", "passes", "rows replayed",
+    ]  # fmt: skip
+
+    def rows() -> Iterator[list[str]]:
+        for trial in claim.trials:
+            yield [
+                METHODS[trial.method].label,
+                f"{trial.share} %",
+                _shown(trial.excess),
+                _shown(trial.reasoning_cost),
+                "" if claim.missing else "yes" if trial.passes else "no",
+                f"{outcomes.replayed(trial.method, trial.share):.1f} %",
+            ]
+
+    by = f" by {', '.join(METHODS[name].label for name in claim.winners)}" if claim.winners else ""
+    why = f": {claim.missing} comparisons are missing" if claim.missing else by
+    return _markdown(head, rows()) + f"\nThe claim: {claim.verdict}{why}.\n"
+
+
+def _markdown(head: Sequence[str], rows: Iterator[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _shown(found: Interval, digits: int = 3) -> str:
+    if math.isnan(found.low):
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def _shown_mean(found: Interval) -> str:
+    half = found.high - found.mean
+    return f"{found.mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def _shown_share(found: Interval | None, shares: Sequence[int]) -> str:
+    if found is None:
+        return ""
+
+    def shown(value: float) -> str:
+        if math.isinf(value):
+            return f"over {shares[-1]} %" if value > 0 else f"under {shares[0]} %"
+        return f"{value:.0f} %"
+
+    if math.isnan(found.low):
+        return shown(found.mean)
+    return f"{shown(found.mean)} ({shown(found.low)} to {shown(found.high)})"

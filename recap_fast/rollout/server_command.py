@@ -1,0 +1,177 @@
+"""How a vLLM server of this run's is started: its command line and environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from recap_fast.config import RolloutConfig
+from recap_fast.rollout.protocol import EngineError
+from recap_fast.rollout.server_worker import BACKEND, EXTENSION
+
+KEY_VARIABLE = "RECAP_FAST_SERVER_KEY"
+"""Environment variable with the API key of servers that others have started."""
+GUARD = "recap_fast.rollout.server_guard.KeyGuard"
+_RUNTIME_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""For which vLLM sets memory aside."""
+_CPU_BLOCK_SIZE = 32
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def check_installed(takes_images: bool) -> None:
+    """Raises `EngineError` where no server can be started from this environment.
+
+    Args:
+        takes_images: whether it is to serve a vision-language model.
+    """
+    if find_spec("vllm") is None:
+        raise EngineError(
+            "rollout.engine is vllm_server, and vllm is not installed here: install it, or set "
+            "rollout.server.urls to servers that run elsewhere"
+        )
+    if takes_images and find_spec("torchvision") is None:
+        raise EngineError(
+            "rollout.engine is vllm_server, and vllm's vision-language models need torchvision, "
+            "which is not installed"
+        )
+    if not any(point.name == "recap_fast" for point in entry_points(group="vllm.general_plugins")):
+        raise EngineError(
+            "vllm would not find recap-fast's plugin, which this installation of recap-fast is too "
+            "old to have registered: install it again (pip install -e .)"
+        )
+
+
+def server_command(
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    dtype: torch.dtype,
+    max_model_len: int,
+    seed: int,
+    device: torch.device,
+    takes_images: bool,
+    image_pixels: tuple[int, int] | None,
+    port: int,
+    host: str = "127.0.0.1",
+    guarded: bool = True,
+    adapter_rank: int | None = None,
+) -> list[str]:
+    """The command line of one server.
+
+    Args:
+        takes_images: whether it serves a vision-language model.
+        image_pixels: least and largest area of the images; None where no row has any.
+        guarded: whether it wants the key of its environment.
+        adapter_rank: of the adapters that it loads by name; None: it loads none.
+    """
+    options: dict[str, Any] = {
+        "model": model_path,
+        "served-model-name": model_path,
+        "host": host,
+        "port": port,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max-model-len": max_model_len,
+        "seed": seed,
+        # Before the default (raw), temperature would be missing from the log-probs.
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",
+        "tensor-parallel-size": config.tensor_parallel_size,
+        # Workers of their own talk through named shared memory, which their death leaves behind.
+        "distributed-executor-backend": "uni" if config.tensor_parallel_size == 1 else "mp",
+        "weight-transfer-config": json.dumps({"backend": BACKEND}),
+        "worker-extension-cls": EXTENSION,
+        "scheduling-policy": "priority",
+        "uvicorn-log-level": "warning",
+    }
+    if guarded:
+        options["middleware"] = GUARD
+    if device.type == "cuda":
+        options["gpu-memory-utilization"] = config.server.gpu_memory_utilization
+    else:
+        options["kv-cache-memory-bytes"] = int(config.cpu_kv_cache_gib * 2**30)
+        options["block-size"] = _CPU_BLOCK_SIZE
+    if adapter_rank is not None:
+        options |= adapter_options(config, adapter_rank)
+    flags = [
+        "enable-scale-out", "skip-tokenizer-init", "disable-log-stats",
+        "enable-server-load-tracking",
+    ]  # fmt: skip
+    if adapter_rank is not None:
+        flags.append("enable-lora")
+    if device.type != "cuda":
+        flags += ["enforce-eager", "no-enable-chunked-prefill"]  # see `device_arguments`
+    if takes_images:
+        if image_pixels is None:
+            options["limit-mm-per-prompt"] = json.dumps({"image": 0, "video": 0})
+        else:
+            least, largest = image_pixels
+            options["limit-mm-per-prompt"] = json.dumps({"video": 0})
+            options["mm-processor-kwargs"] = json.dumps(
+                {"size": {"shortest_edge": least, "longest_edge": largest}}
+            )
+            flags.remove("skip-tokenizer-init")
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *(text for name, value in options.items() for text in (f"--{name}", str(value))),
+        *(f"--{flag}" for flag in flags),
+    ]
+
+
+def adapter_options(config: RolloutConfig, rank: int) -> dict[str, int]:
+    """vLLM's, for adapters by name.
+
+    Raises:
+        EngineError: vLLM has no place for this rank.
+    """
+    fitting = [size for size in _ADAPTER_RANKS if size >= rank]
+    if not fitting:
+        raise EngineError(
+            f"model.lora.rank is {rank}, and vllm takes adapters up to {_ADAPTER_RANKS[-1]}: set "
+            f"rollout.server.adapters to merged"
+        )
+    slots = config.adapter_slots
+    return {"max-lora-rank": fitting[0], "max-loras": slots, "max-cpu-loras": slots}
+
+
+def server_environment(
+    key: str | None, gpus: range | None, *, takes_adapters: bool = False
+) -> dict[str, str]:
+    """Of a server process: this process's, without what torchrun has added.
+
+    Args:
+        takes_adapters: whether it loads adapters at its routes, which its key must guard.
+    """
+    assert key is not None or not takes_adapters
+    ours = {
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
+        "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING",
+    }  # fmt: skip
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith("TORCHELASTIC_")
+    }
+    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if key is not None:
+        environment["VLLM_API_KEY"] = key
+    environment.pop(_RUNTIME_ADAPTERS, None)
+    if takes_adapters:
+        environment[_RUNTIME_ADAPTERS] = "1"
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    return environment
+
+
+def is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in _LOOPBACK

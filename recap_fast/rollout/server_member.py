@@ -1,0 +1,119 @@
+"""One server of a pool, and what is done with several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from recap_fast.rollout.protocol import EngineError
+from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_process import ServerProcess
+from recap_fast.rollout.server_request import Completion
+
+logger = logging.getLogger(__name__)
+
+_ABSENT = 30.0
+"""Seconds for which nobody may listen at an address that a run attaches to."""
+_TOLD_EVERY = 60.0
+
+
+class Starter(Protocol):
+    def __call__(self) -> ServerProcess:
+        """Starts a server of ours at its own address."""
+        ...
+
+
+@dataclass(eq=False)
+class Member:
+    """One server.
+
+    Attributes:
+        start: how to start it; None for one that somebody else has started.
+        is_attached: whether it is no server of the run's.
+        is_given: whether the run has begun to give it weights.
+        state: "out": being brought back; "lost": given up.
+        tokens: that requests under way there may cost.
+    """
+
+    client: ServerClient
+    start: Starter | None = None
+    process: ServerProcess | None = None
+    is_attached: bool = False
+    is_given: bool = False
+    state: Literal["starting", "up", "out", "lost"] = "starting"
+    tokens: int = 0
+    under_way: set[asyncio.Task[list[Completion]]] = field(default_factory=set)
+    last_sign: float = 0.0
+    silent: int = 0
+    failures: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever gives it weights."""
+    recovery: asyncio.Task[None] | None = None
+
+    def __str__(self) -> str:
+        return f"the server at {self.client.url}"
+
+
+async def wait_ready(member: Member, seconds: float, health_wait: float) -> None:
+    """Waits until a server answers, and says in the log what is waited for.
+
+    Args:
+        health_wait: seconds that it may take to answer once.
+
+    Raises:
+        EngineError: it has ended, or did not answer within `seconds`.
+    """
+    started = time.monotonic()
+    told = -_TOLD_EVERY
+    while not await member.client.is_healthy(health_wait):
+        process = member.process
+        if process is not None and process.exit_status is not None:
+            raise EngineError(
+                f"{member} ended with status {process.exit_status} before it was ready; its "
+                f"log, {process.log}, ends with:\n{process.said()}"
+            )
+        where = "" if process is None else f"; see its log, {process.log}"
+        passed = time.monotonic() - started
+        if passed > seconds:
+            raise EngineError(f"{member} was not ready within {seconds:g} s{where}")
+        if passed - told > _TOLD_EVERY:
+            since = f", for {passed:.0f} s" if passed > _TOLD_EVERY else ""
+            logger.info("waiting for %s to be ready%s%s", member, since, where)
+            told = passed
+        await asyncio.sleep(0.25)
+
+
+async def wait_listening(member: Member) -> None:
+    """Waits until somebody listens where a run attaches, for a short while.
+
+    Raises:
+        EngineError: nobody did.
+    """
+    started = time.monotonic()
+    is_told = False
+    while (problem := await member.client.why_absent()) is not None:
+        problem = f"{member} cannot be reached: {problem}; is `recap-fast serve` running there?"
+        if time.monotonic() - started > _ABSENT:
+            raise EngineError(problem)
+        if not is_told:
+            logger.warning("%s Waiting for up to %g s", problem, _ABSENT)
+            is_told = True
+        await asyncio.sleep(0.25)
+
+
+def was_killed(status: int) -> bool:
+    """Whether a process was ended by a signal, as its parent or its parent's parent sees it."""
+    return status < 0 or status >= 256 - signal.NSIG
+
+
+async def in_full(work: Iterable[Awaitable[None]]) -> None:
+    """Waits for all, and raises the first error then: nothing is left half done."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,490 @@
+"""Several servers as one: requests go where least is under way, and survive the servers.
+
+All of it runs in one event loop. A server that dies, hangs, answers nonsense or samples from old
+weights is taken out; what it was asked is asked of another, or of itself once it is back: restarted
+where it is ours, waited for where it is not. It comes back with the newest weights or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Literal
+
+from recap_fast.rollout.protocol import EngineError
+from recap_fast.rollout.server_adapters import NamedAdapters
+from recap_fast.rollout.server_client import ServerClient, ServerTrouble, each
+from recap_fast.rollout.server_label import OtherRunError, label
+from recap_fast.rollout.server_member import (
+    Member,
+    in_full,
+    wait_listening,
+    wait_ready,
+    was_killed,
+)
+from recap_fast.rollout.server_request import Completion, Request
+from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, WrittenWeights
+from recap_fast.rollout.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+"""How often a request is asked before the run ends."""
+_STARTS = 3
+"""How often a server is started in a row without having answered a request."""
+_WATCHED_EVERY = 2.0
+_HEALTH_WAIT = 10.0
+_GOING = 60.0
+"""Seconds in which a server that was stopped must be gone."""
+_SILENT = 2
+"""Health checks in a row without an answer, after which a server counts as dead."""
+
+
+class ServerPool:
+    """Args:
+    members: at least one.
+    transfer: how this process gives servers their weights, and starts them again; None for the
+        run's other processes, which only sample.
+    timeout: seconds in which a server with requests under way must answer one of them, in which an
+        update must end, and for which a server of somebody else's is waited for.
+    start_timeout: seconds in which a server must be ready.
+    recompute: whether an update has requests in flight recompute their keys and values.
+    has_images: whether servers cache features of images.
+    adapters: what this process gives servers in the place of weights, by name; None as `transfer`.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        transfer: Transfer | None,
+        timeout: float,
+        start_timeout: float,
+        recompute: bool,
+        has_images: bool,
+        adapters: NamedAdapters | None = None,
+    ) -> None:
+        self.members = list(members)
+        self.reissued = 0
+        """Requests that were asked again."""
+        self._transfer = transfer
+        self._leads = transfer is not None or adapters is not None
+        self._timeout = timeout
+        self._start_timeout = start_timeout
+        self._recompute = recompute
+        self._has_images = has_images
+        self._adapters = adapters
+        self._busy, self._busy_since, self._waiting = 0.0, 0.0, 0
+        self._weights: WrittenWeights | None = None
+        self._version: int | None = None
+        self._adapter: str | None = None
+        """The name of this version's, where there are adapters."""
+        self._writing = False
+        self._readers = 0
+        self._changed = asyncio.Condition()
+        self._watch: asyncio.Task[None] | None = None
+        self._closing = False
+        self._taken: OtherRunError | None = None
+        """A server was taken by another run, which ends this one."""
+
+    async def start(self, check: Callable[[ServerClient], Awaitable[None]]) -> None:
+        """Waits until all servers are ready, and checks each.
+
+        Raises:
+            EngineError: one is not, with the end of its log.
+        """
+        await in_full(self._start_member(member, check) for member in self.members)
+        self._watch = asyncio.create_task(self._watch_over())
+
+    async def _start_member(
+        self, member: Member, check: Callable[[ServerClient], Awaitable[None]]
+    ) -> None:
+        if member.is_attached:
+            await wait_listening(member)
+        try:
+            await self._wait_ready(member, self._start_timeout)
+        except EngineError:
+            if member.process is None:
+                raise
+            status = member.process.exit_status
+            if status is not None and not was_killed(status):
+                raise  # it would say the same again
+            # A process of vLLM's that is killed as it starts can leave the others waiting for it.
+            await self._start_again(member)
+        try:
+            await check(member.client)
+        except ServerTrouble as error:
+            raise EngineError(str(error)) from None
+
+    async def _wait_ready(self, member: Member, seconds: float) -> None:
+        await wait_ready(member, seconds, _HEALTH_WAIT)
+
+    # Sampling
+
+    def busy_seconds(self) -> float:
+        """In which at least one request was under way, so far."""
+        since = time.monotonic() - self._busy_since if self._waiting else 0.0
+        return self._busy + since
+
+    async def sample(self, request: Request) -> list[Completion]:
+        """Completions of one prompt, from weights no older than those of the last update.
+
+        Raises:
+            EngineError: no server could do it, or another run has taken one.
+        """
+        if not self._waiting:
+            self._busy_since = time.monotonic()
+        self._waiting += 1
+        try:
+            return await self._sample(request)
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._busy += time.monotonic() - self._busy_since
+
+    async def _sample(self, request: Request) -> list[Completion]:
+        trouble = "no server is left"
+        for attempt in range(_ATTEMPTS):
+            member = await self._choose(trouble)
+            version = self._version
+            if version is None:
+                raise EngineError("the servers were asked for completions before they got weights")
+            self.reissued += attempt > 0
+            if not member.under_way:
+                member.last_sign = time.monotonic()
+            task = asyncio.create_task(member.client.generate(request, version, self._adapter))
+            member.under_way.add(task)
+            member.tokens += request.tokens
+            try:
+                completions = await task
+                oldest = min(min(one.versions) for one in completions)
+                if oldest < version:
+                    raise ServerTrouble(
+                        f"{member} sampled from the weights of step {oldest}, where those of step "
+                        f"{version} were wanted"
+                    )
+            except OtherRunError as error:
+                self._taken = error
+                raise
+            except ServerTrouble as error:
+                trouble = str(error)
+                self._take_out(member, trouble)
+                continue
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is not None and current.cancelling():
+                    task.cancel()
+                    raise
+                trouble = f"{member} was taken out"  # and the request with it
+                continue
+            finally:
+                member.under_way.discard(task)
+                member.tokens -= request.tokens
+            member.last_sign = time.monotonic()
+            member.failures = 0
+            return completions
+        raise EngineError(f"{trouble}; asked {_ATTEMPTS} times")
+
+    async def _choose(self, trouble: str) -> Member:
+        """The server with the least under way, once there is one."""
+        async with self._changed:
+            while True:
+                if self._taken is not None:
+                    raise self._taken
+                ready = [member for member in self.members if member.state == "up"]
+                if ready:
+                    return min(ready, key=lambda member: member.tokens)
+                if all(member.state == "lost" for member in self.members):
+                    raise EngineError(f"no server is left: {trouble}")
+                await self._changed.wait()
+
+    # Weights
+
+    def is_out(self) -> bool:
+        """Whether there is no server to sample from, for now at least."""
+        return all(member.state != "up" for member in self.members)
+
+    async def hold(self) -> None:
+        """Waits until no server reads the weights, and keeps all from it until `update`, or
+        `let_go` where there will be none."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._readers)
+            self._writing = True
+
+    async def let_go(self, weights: WrittenWeights | None = None) -> None:
+        """Weights may be read again: these, or none where the writing of others failed."""
+        async with self._changed:
+            self._weights = weights
+            self._writing = False
+            self._changed.notify_all()
+
+    @asynccontextmanager
+    async def _read(self) -> AsyncIterator[WrittenWeights]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._writing)
+            self._readers += 1
+            weights = self._weights
+        try:
+            if weights is None:
+                raise EngineError("there are no weights to give")
+            yield weights
+        finally:
+            async with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    async def update(self, weights: WrittenWeights) -> None:
+        """Gives every server new weights, after `hold`. Those that fail at it are taken out and
+        brought back.
+
+        Raises:
+            EngineError: none is left, or another run has taken one.
+        """
+        await self.let_go(weights)
+        # Those that are out will come back with these weights.
+        members = [member for member in self.members if member.state in ("starting", "up")]
+        assert self._transfer is not None
+        together = [members] if self._transfer.is_joint else [[member] for member in members]
+        await in_full(self._update_members(some) for some in together if some)
+        await self._choose("none has taken the weights over")
+        self._version = weights.version
+
+    def withhold(self) -> None:
+        """An update was given up: nothing shall be sampled from what is there."""
+        self._version = None
+
+    async def update_adapters(self) -> str:
+        """Gives every server the newest adapters, and returns their name. What is under way goes
+        on meanwhile. Raises as `update` does."""
+        assert self._adapters is not None
+        newest = self._adapters.newest
+        assert newest is not None
+        members = [member for member in self.members if member.state in ("starting", "up")]
+        await in_full(self._give_adapters(member) for member in members)
+        await self._choose("none has loaded the adapters")
+        self._version, self._adapter = newest.version, newest.name
+        return newest.name
+
+    async def _give_adapters(self, member: Member) -> None:
+        assert self._adapters is not None
+        async with member.lock:
+            if member.state == "out":  # and will come back with these
+                return
+            try:
+                await self._adapters.give(member.client)
+            except (ServerTrouble, EngineError) as error:
+                self._take_out(member, str(error))
+            else:
+                await self._set(member, "up")
+
+    async def _update_members(self, members: Sequence[Member]) -> None:
+        async with AsyncExitStack() as stack:
+            for member in members:
+                await stack.enter_async_context(member.lock)
+            _, failed = await self._install(members)
+        for member in members:
+            if member in failed:
+                self._note(failed[member])
+                self._take_out(member, str(failed[member]))
+            else:
+                await self._set(member, "up")
+
+    async def _install(self, members: Sequence[Member]) -> tuple[int, Mapping[Member, Exception]]:
+        """Gives servers the newest weights, sees what they have then, and returns the version and
+        those that failed, which stay paused: nobody shall sample from half of an update."""
+        assert self._transfer is not None
+        by_client = {member.client: member for member in members}
+        async with self._read() as weights:
+            failed = await each(members, lambda member: self._ready(member, weights.version))
+            ready = [member.client for member in members if member not in failed]
+            lost = await self._transfer.send(ready, weights) if ready else {}
+            failed |= {by_client[client]: error for client, error in lost.items()}
+            failed |= await each(
+                [member for member in members if member not in failed],
+                lambda member: member.client.finish_update(weights.version),
+            )
+        failed |= await each(
+            [member for member in members if member not in failed],
+            lambda member: self._check(member, weights),
+        )
+        return weights.version, failed
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, OtherRunError):
+            self._taken = error
+
+    async def _ready(self, member: Member, version: int) -> None:
+        if member.is_given:  # whatever a run that has ended has left is taken over, but once
+            await member.client.own_version()
+        member.is_given = True
+        await member.client.pause(recompute=self._forgets(member))
+        await member.client.start_update(version)
+
+    def _forgets(self, member: Member) -> bool:
+        """Whether what a server has computed from its old weights is of no use."""
+        return self._recompute or member.state != "up"
+
+    async def _check(self, member: Member, weights: WrittenWeights) -> None:
+        """Sees what a server has, and lets it go on."""
+        client = member.client
+        if self._has_images and self._forgets(member):
+            await client.drop_image_caches()
+        text = await client.own_version()
+        if text != label(client.run, weights.version):
+            raise ServerTrouble(
+                f"{member} says that it has weights {text!r} after those of {weights.version}"
+            )
+        found = await client.digests(weights.shapes, DIGEST_COLUMNS)
+        wrong = sorted(name for name, value in found.items() if value != weights.digests[name])
+        if wrong or not found:
+            what = ", ".join(wrong[:5]) if wrong else "all, for none can be read back"
+            raise ServerTrouble(
+                f"{member} does not hold the values that it was sent of {len(wrong)} of "
+                f"{len(found)} weights: {what}"
+            )
+        await client.resume()
+
+    def follow(self, version: int, adapter: str | None = None) -> None:
+        """For processes that do not lead: the servers have the weights of this version, or the
+        adapters of this name."""
+        self._version, self._adapter = version, adapter
+        for member in self.members:
+            if member.state == "starting":
+                member.state = "up"
+
+    # Bringing servers back
+
+    def _take_out(self, member: Member, why: str) -> None:
+        if member.state in ("out", "lost") or self._closing:
+            return
+        logger.warning("%s is taken out: %s", member, why)
+        member.state = "out"
+        member.failures += 1
+        if self._transfer is not None:
+            self._transfer.forget(member.client)
+        for task in list(member.under_way):
+            task.cancel()
+        member.recovery = asyncio.create_task(self._recover(member, why))
+
+    async def _recover(self, member: Member, why: str) -> None:
+        ours = member.start is not None and self._leads
+        while member.failures <= _STARTS:
+            try:
+                async with member.lock:
+                    await self._bring_back(member)
+            except (ServerTrouble, EngineError) as error:
+                why = str(error)
+                self._note(error)
+                if not ours:
+                    break
+                logger.warning("%s could not be brought back: %s", member, why)
+                member.failures += 1
+            else:
+                member.silent = 0
+                logger.warning("%s is back", member)
+                await self._set(member, "up")
+                return
+        logger.error("%s is given up: %s", member, why)
+        await self._set(member, "lost")
+
+    async def _bring_back(self, member: Member) -> None:
+        """Raises `ServerTrouble` or `EngineError` where it is not back with the newest weights."""
+        if member.start is not None and self._leads:
+            await self._start_again(member)
+        else:
+            # Whoever only samples does not know whether the leader starts it again meanwhile.
+            patience = self._timeout if self._leads else max(self._timeout, self._start_timeout)
+            await self._wait_ready(member, patience)
+        if self._adapters is not None:
+            await self._adapters.give(member.client)
+        elif self._transfer is not None and self._weights is not None:
+            self._transfer.forget(member.client)  # what it held before may be gone
+            version = None
+            while version != self._weights.version:  # an update in the meantime has passed it by
+                version, failed = await self._install([member])
+                for error in failed.values():
+                    raise error
+        elif not self._leads:
+            await self._wait_for_weights(member)
+
+    async def _start_again(self, member: Member) -> None:
+        assert member.process is not None
+        assert member.start is not None
+        await asyncio.to_thread(member.process.stop)
+        await self._wait_gone(member)
+        member.process = await asyncio.to_thread(member.start)
+        await self._wait_ready(member, self._start_timeout)
+
+    async def _wait_gone(self, member: Member) -> None:
+        """What has lost its keeper takes a while to end, and has the port until then."""
+        until = time.monotonic() + _GOING
+        while await member.client.is_listening():
+            if time.monotonic() > until:
+                raise EngineError(f"{member} was stopped, and somebody still listens there")
+            await asyncio.sleep(0.1)
+
+    async def _wait_for_weights(self, member: Member) -> None:
+        """Until the leader has given it those that are known here, or newer ones. What it starts
+        with, or had when it was lost, is older."""
+        until = time.monotonic() + self._timeout
+        while True:
+            text = await member.client.weight_version()
+            run, _, step = text.rpartition(":")
+            is_ours = run == member.client.run and step.isdecimal()
+            if self._adapter is not None:
+                if self._adapter in await member.client.adapters():
+                    return
+            elif is_ours and int(step) >= (self._version or 0):
+                return
+            if time.monotonic() > until:
+                raise EngineError(
+                    f"{member} has weights {text!r} and was given none of step {self._version} "
+                    f"within {self._timeout:g} s"
+                )
+            await asyncio.sleep(0.5)
+
+    async def _set(self, member: Member, state: Literal["up", "lost"]) -> None:
+        member.state = state
+        member.last_sign = time.monotonic()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _watch_over(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCHED_EVERY)
+            await in_full(self._look_at(member) for member in self.members)
+
+    async def _look_at(self, member: Member) -> None:
+        if self._taken is not None:
+            return
+        if member.state == "lost" and member.start is None:
+            if await member.client.is_healthy(_HEALTH_WAIT):  # it may join again
+                member.failures, member.state = 0, "out"
+                member.recovery = asyncio.create_task(self._recover(member, "it was lost"))
+            return
+        if member.state != "up" or member.lock.locked():
+            return
+        process = member.process
+        if process is not None and process.exit_status is not None:
+            self._take_out(member, f"it ended with status {process.exit_status}")
+            return
+        member.silent = 0 if await member.client.is_healthy(_HEALTH_WAIT) else member.silent + 1
+        if member.silent >= _SILENT:
+            self._take_out(member, "it does not answer")
+        elif member.under_way and time.monotonic() - member.last_sign > self._timeout:
+            count = len(member.under_way)
+            self._take_out(member, f"none of {count} requests was answered for {self._timeout:g} s")
+
+    async def close(self) -> None:
+        self._closing = True
+        tasks = [m.recovery for m in self.members if m.recovery] + [self._watch]
+        for task in filter(None, tasks):
+            task.cancel()
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+        for member in self.members:
+            await member.client.close()
+            if member.process is not None:
+                await asyncio.to_thread(member.process.stop)

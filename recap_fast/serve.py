@@ -1,0 +1,98 @@
+"""`recap-fast serve`: a vLLM server for runs that attach to it, in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import torch
+
+from recap_fast.config import TrainConfig
+from recap_fast.data.images import load_image_encoder
+from recap_fast.model.model_path import resolve_model
+from recap_fast.rollout.server_command import (
+    KEY_VARIABLE,
+    check_installed,
+    is_loopback,
+    server_command,
+    server_environment,
+)
+from recap_fast.rollout.server_process import ServerProcess
+from recap_fast.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def serve(config: TrainConfig, host: str, port: int) -> int:
+    """Runs the server that a configuration's runs attach to, until it ends or is interrupted.
+
+    Args:
+        host: the interface to listen on; others than loopback need a key.
+
+    Returns:
+        The server's exit status.
+
+    Raises:
+        UserError: no server of this configuration can run here.
+    """
+    url = f"http://{host}:{port}"
+    key = os.environ.get(KEY_VARIABLE)
+    if key is None and not is_loopback(url):
+        raise UserError(
+            f"--host {host} lets others reach routes that replace the model's weights: set a key "
+            f"in the environment, here and where runs attach: export {KEY_VARIABLE}=$(openssl rand "
+            f"-hex 32)"
+        )
+    _check_free(host, port)
+    adapters = config.model.lora if config.rollout.server.adapters == "named" else None
+    if key is None and adapters is not None:
+        raise UserError(
+            f"rollout.server.adapters is named, for which a server opens routes that read any "
+            f"folder of its host: set a key in the environment, here and where runs attach: export "
+            f"{KEY_VARIABLE}=$(openssl rand -hex 32)"
+        )
+    path = resolve_model(config.model.path)
+    images = load_image_encoder(path, config.data)
+    check_installed(takes_images=images is not None)
+    settings = config.rollout
+    cuda = torch.cuda.is_available()
+    command = server_command(
+        settings,
+        model_path=str(path),
+        dtype=torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        max_model_len=config.max_rollout_tokens,
+        seed=config.seed,
+        device=torch.device("cuda" if cuda else "cpu"),
+        takes_images=images is not None,
+        image_pixels=images.pixel_budget if images else None,
+        host=host,
+        port=port,
+        guarded=key is not None,
+        adapter_rank=None if adapters is None else adapters.rank,
+    )
+    logger.info("serving %s at %s; attach with --set 'rollout.server.urls=[%s]'", path, url, url)
+    gpus = range(settings.tensor_parallel_size) if cuda else None
+    environment = server_environment(key, gpus, takes_adapters=adapters is not None)
+    process = ServerProcess(command, environment, log=None)
+    try:
+        return process.wait()
+    finally:
+        process.stop()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises `UserError` where no server can listen: vLLM would say so once it has loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As vLLM does: connections of a server that has just ended do not hinder.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on port {port} of {host}: {error.strerror or error}; give another "
+            f"--host or --port"
+        ) from None

@@ -1,0 +1,62 @@
+"""What a step tells the data stage: weights for adaptive shares, and which prompts were solved.
+
+Shapes: S rollouts, K objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from recap_fast.config import TrainConfig
+from recap_fast.training.distributed import World
+from recap_fast.training.step_metrics import column_means
+from recap_fast.types import Prompt, RewardTable, Rollout, StepFeedback
+
+
+def step_feedback(
+    config: TrainConfig,
+    metrics: Mapping[str, float],
+    rollouts: Sequence[Rollout],
+    rewards: RewardTable,
+    world: World,
+) -> StepFeedback:
+    """What `config.data` makes use of; the same in all processes, which call this together.
+
+    Args:
+        metrics: the step's from the device, with `weight/<objective>` of all objectives.
+        rollouts: all S, those of dropped groups too; those of a group stand side by side.
+        rewards: values [S, K].
+    """
+    weights: dict[str, float] = {}
+    if config.data.mixing == "adaptive":
+        names = [objective.name for objective in config.objectives]
+        # Of rank 0: devices of another kind may round differently, and rows must be the same.
+        weights = world.on_main(lambda: {name: metrics[f"weight/{name}"] for name in names})
+    return StepFeedback(weights, tuple(_solved_groups(config, rollouts, rewards.values)))
+
+
+def _solved_groups(
+    config: TrainConfig, rollouts: Sequence[Rollout], values: np.ndarray
+) -> list[tuple[str, int, bool]]:
+    """Of each group with a reward that says so: its prompt's source and row, and whether the mean
+    of each such reward reaches the threshold. A reward that failed for all of them does not."""
+    review = config.data.review
+    if review is None:
+        return []
+    names = [objective.name for objective in config.objectives]
+    judging = {
+        source.name: [names.index(name) for name in source.rewards if name in review.rewards]
+        for source in config.data.sources
+    }
+    found = []
+    for _, members in groupby(range(len(rollouts)), key=lambda row: rollouts[row].group):
+        rows = list(members)
+        prompt: Prompt = rollouts[rows[0]].prompt
+        columns = judging[prompt.source]
+        if columns:
+            means = column_means(values[np.ix_(rows, columns)], np.float64)
+            found.append((prompt.source, prompt.row, bool((means >= review.threshold).all())))
+    return found

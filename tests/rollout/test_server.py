@@ -1,0 +1,255 @@
+"""A real vLLM server on loopback: its completions, its weights, and its death."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from recap_fast.config import RolloutConfig
+from recap_fast.rollout.factory import make_engine
+from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
+from recap_fast.rollout.protocol import EngineError, iter_weights
+from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
+from tests.rollout.conftest import random_llama, start_vllm
+from tests.rollout.test_vllm import GROUPS, mean_mismatch, perturb
+from tests.tiny_tokenizer import tiny_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SPEC = SamplingSpec(3, 24, 1.0, seed=5)
+
+
+def start(model: LlamaForCausalLM, folder: Path) -> Any:
+    pytest.importorskip("vllm")
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    config = {
+        "engine": "vllm_server", "dtype": "float32", "cpu_kv_cache_gib": 0.05,
+        "server": {"timeout": 60.0},
+    }  # fmt: skip
+    return make_engine(
+        RolloutConfig.model_validate(config),
+        model=model,
+        model_path=str(folder / "model"),
+        tokenizer=tiny_tokenizer(),
+        max_model_len=128,
+        seed=0,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        logs=folder / "logs",
+    )
+
+
+def processes(engine: Any) -> list[psutil.Process]:
+    keeper = psutil.Process(engine._pool.members[0].process._keeper.pid)
+    return [keeper, *keeper.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    found = start(random_llama(tied=False), tmp_path_factory.mktemp("server"))
+    yield found
+    kept = processes(found)
+    found.close()
+    assert not [p for p in kept if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return copy.deepcopy(random_llama(tied=False))
+
+
+def test_completions_are_those_of_the_weights_that_it_was_given(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt], tokenizer: Any
+) -> None:
+    engine.sync_weights(iter_weights(model, engine.dtype), 4)
+    finished: list[int] = []
+    rollouts = engine.generate(prompts, SPEC, lambda group: finished.append(group[0].group))
+    assert [r.group for r in rollouts] == [g for g in range(len(prompts)) for _ in range(3)]
+    assert sorted(finished) == list(range(len(prompts)))
+    for r in rollouts:
+        assert len(r.token_ids) == len(r.logprobs) == len(r.versions) <= 24
+        assert set(r.versions) == {4}
+        assert (r.token_ids[-1] == tokenizer.eos_token_id) == (r.finish_reason == "stop")
+    assert mean_mismatch(model, rollouts, 1.0) < 1e-5
+    assert verify_sync(engine, model, prompts).stale == []
+
+
+def test_the_same_request_has_the_same_answer(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    first, second = (engine.generate(prompts, SPEC) for _ in range(2))
+    assert [r.token_ids for r in first] == [r.token_ids for r in second]
+    other = engine.generate(prompts, SamplingSpec(3, 24, 1.0, seed=6))
+    assert [r.token_ids for r in first] != [r.token_ids for r in other]
+
+
+def test_an_engine_in_process_samples_the_same(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """Of the same weights and seeds, though the two put their requests together otherwise."""
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    served = engine.generate(prompts * 3, SamplingSpec(4, 64, 1.0, seed=5))
+    inside = start_vllm(copy.deepcopy(model), tmp_path)
+    try:
+        inside.sync_weights(iter_weights(model, inside.dtype), 1)
+        here = inside.generate(prompts * 3, SamplingSpec(4, 64, 1.0, seed=5))
+    finally:
+        inside.close()
+    assert [r.token_ids for r in served] == [r.token_ids for r in here]
+    assert sum(len(r.token_ids) for r in here) > 1000
+    for ours, theirs in zip(here, served, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+        assert (ours.text, ours.finish_reason) == (theirs.text, theirs.finish_reason)
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "lm_head"])
+def test_every_group_of_parameters_arrives(
+    group: str, engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    perturb(model, group)
+    with pytest.raises(WeightSyncError):
+        verify_sync(engine, model, prompts, tolerance=1e-4)
+    engine.sync_weights(iter_weights(model, engine.dtype), 2)
+    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+
+
+def test_weights_are_its_own_once_it_has_taken_them_over(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    """The memory that they came in is written again, before the next update."""
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    zeros = [(name, torch.zeros_like(tensor)) for name, tensor in iter_weights(model)]
+    engine._transfer.write(zeros, 2)
+    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+
+
+def test_an_incomplete_stream_is_refused_and_named(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    stream = [(n, t) for n, t in iter_weights(model) if "layers.1.mlp.up_proj" not in n]
+    with pytest.raises(WeightSyncError, match=r"lacked model\.layers\.1\.mlp\.up_proj\.weight"):
+        engine.sync_weights(stream, 2)
+    engine.sync_weights(iter_weights(model, engine.dtype), 3)
+    assert engine.generate(prompts, SPEC)[0].versions[0] == 3
+
+
+def in_flight(engine: Any, prompts: list[Prompt], count: int) -> list[Any]:
+    """Long requests, some of which the server has sampled some tokens of: one is complete."""
+    spec = SamplingSpec(4, 100, 1.0, seed=1)
+    futures = [engine.submit(prompts[i % len(prompts)], spec, i) for i in range(count)]
+    wait(futures, timeout=120, return_when=FIRST_COMPLETED)
+    return futures
+
+
+def across_an_update(
+    engine: Any, old: LlamaForCausalLM, new: LlamaForCausalLM, prompts: list[Prompt]
+) -> list[Rollout]:
+    """Completions in whose midst the version of the weights became 2. Requests come and go faster
+    than an update on a busy machine: some tries may find none under way."""
+    for _ in range(10):
+        engine.sync_weights(iter_weights(old, engine.dtype), 1)
+        futures = in_flight(engine, prompts, 60)
+        engine.sync_weights(iter_weights(new, engine.dtype), 2)
+        rollouts = [r for future in futures for r in future.result(timeout=300)]
+        assert all(list(r.versions) == sorted(r.versions) for r in rollouts)
+        if mixed := [r for r in rollouts if set(r.versions) == {1, 2}]:
+            return mixed
+    pytest.fail("the test should see rollouts that two versions of the weights have sampled")
+
+
+def test_requests_in_flight_survive_an_update_and_say_so(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    old = copy.deepcopy(model)
+    perturb(model, "norm", 0.5)
+    mixed = across_an_update(engine, old, model, prompts)
+    # Tokens of version 1 have log-probs of the old weights, whatever came after them.
+    for r in mixed[:4]:
+        count = list(r.versions).count(1)
+        part = Rollout(r.prompt, 0, r.token_ids[:count], r.logprobs[:count], "length", "")
+        assert mean_mismatch(old, [part], 1.0) < 1e-5
+    fresh = engine.generate(prompts, SPEC)
+    assert mean_mismatch(model, fresh, 1.0) < 1e-5, "no prefix of the old weights is used"
+
+
+def test_requests_in_flight_recompute_where_that_is_asked_for(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._pool, "_recompute", True)
+    old = copy.deepcopy(model)
+    perturb(model, "norm", 0.5)
+    mixed = across_an_update(engine, old, model, prompts)
+    for r in mixed[:4]:  # with keys and values of the new weights for all that came before
+        count = list(r.versions).count(1)
+        ours = sequence_logprobs(model, r)[count:]
+        assert (ours - torch.tensor(r.logprobs)[count:]).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("victim", ["server", "engine", "keeper"])
+def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
+    victim: str, engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    perturb(model, "norm", 0.5)
+    engine.sync_weights(iter_weights(model, engine.dtype), 3)
+    before, reissued = processes(engine), engine._pool.reissued
+    segments = shared_memory(before)
+    assert segments
+    futures = in_flight(engine, prompts, 12)
+    place = {"keeper": 0, "server": 1}.get(victim)
+    if place is None:
+        place = next(i for i, p in enumerate(before) if "EngineCor" in p.name())
+    os.kill(before[place].pid, signal.SIGKILL)
+    rollouts = [r for future in futures for r in future.result(timeout=300)]
+    assert len(rollouts) == 12 * 4
+    assert {version for r in rollouts for version in r.versions} == {3}
+    assert mean_mismatch(model, rollouts[:8], 1.0) < 1e-5, "it came back with the weights"
+    assert engine._pool.reissued > reissued
+    gone, alive = psutil.wait_procs(before, timeout=30)
+    assert not alive
+    assert not [segment for segment in segments if segment.exists()]
+
+
+def shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    """Named segments that processes use."""
+    used = set()
+    for process in processes:
+        used |= {Path(each.path) for each in process.memory_maps() if "/psm_" in each.path}
+    return used
+
+
+def test_a_server_that_stops_answering_is_restarted(
+    engine: Any, model: LlamaForCausalLM, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._pool, "_timeout", 15.0)
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    futures = in_flight(engine, prompts, 12)
+    for process in processes(engine)[1:]:
+        os.kill(process.pid, signal.SIGSTOP)
+    rollouts = [r for future in futures for r in future.result(timeout=300)]
+    assert len(rollouts) == 12 * 4
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    config = RolloutConfig.model_validate(
+        {"engine": "vllm_server", "dtype": "float32", "cpu_kv_cache_gib": 0.05}
+    )
+    (tmp_path / "model").mkdir()
+    with pytest.raises(EngineError, match=r"ended with status 1 .*server-0\.log, ends with") as e:
+        make_engine(
+            config, model=model, model_path=str(tmp_path / "model"), tokenizer=tiny_tokenizer(),
+            max_model_len=128, seed=0, device="cpu", logs=tmp_path / "logs",
+        )  # fmt: skip
+    assert "Invalid repository ID or local directory" in str(e.value)

@@ -1,0 +1,398 @@
+"""Servers that fail, behind real HTTP. They are stand-ins (`fake_server`); the real ones are in
+test_server.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recap_fast.rollout import server_pool
+from recap_fast.rollout.protocol import EngineError
+from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_member import Member
+from recap_fast.rollout.server_pool import ServerPool
+from recap_fast.rollout.server_process import free_port
+from recap_fast.rollout.server_request import Request
+from recap_fast.rollout.shared_weights import SharedMemoryWeights
+from recap_fast.rollout.transfer import MemoryTransfer
+from recap_fast.types import Prompt
+from tests.rollout.fake_server import FakeServer
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
+    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    found = [FakeServer(), FakeServer()]
+    yield found
+    for server in found:
+        server.die()
+
+
+def request(row: int = 0, n: int = 2, max_new_tokens: int = 8) -> Request:
+    prompt = Prompt("test", row, [1, 2, 3], "?", "", {})
+    return Request(prompt, prompt.token_ids, n, max_new_tokens, 1.0, row, (0,))
+
+
+class Run:
+    """A pool with weights, as a trainer would use it."""
+
+    def __init__(self, servers: list[FakeServer], timeout: float, recompute: bool) -> None:
+        self.sender = MemoryTransfer(SharedMemoryWeights(torch.float32))
+        members = [Member(ServerClient(s.url, key=None, timeout=timeout)) for s in servers]
+        self.pool = ServerPool(
+            members,
+            transfer=self.sender,
+            timeout=timeout,
+            start_timeout=5.0,
+            recompute=recompute,
+            has_images=False,
+        )
+
+    async def start(self) -> None:
+        async def check(client: ServerClient) -> None:
+            await client.version()
+
+        await self.pool.start(check)
+
+    async def give(self, version: int) -> None:
+        await self.pool.hold()
+        weights = {"a": torch.full((2, 3), float(version)), "b": torch.full((4,), float(version))}
+        await self.pool.update(self.sender.write(weights.items(), version))
+
+    def states(self) -> list[str]:
+        return [member.state for member in self.pool.members]
+
+
+def run(
+    servers: list[FakeServer],
+    body: Callable[[Run], Awaitable[None]],
+    *,
+    timeout: float = 5.0,
+    recompute: bool = False,
+) -> None:
+    async def work() -> None:
+        state = Run(servers, timeout, recompute)
+        try:
+            await state.start()
+            await state.give(1)
+            await asyncio.wait_for(body(state), 60)
+        finally:
+            await state.pool.close()
+            state.sender.close()
+
+    asyncio.run(work())
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+def test_completions_say_which_weights_sampled_them(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        completions = await state.pool.sample(request(n=3))
+        assert [one.versions for one in completions] == [[1, 1, 1]] * 3
+        await state.give(2)
+        assert (await state.pool.sample(request()))[0].versions == [2, 2, 2]
+
+    run(servers, body)
+    bodies = [b for s in servers for route, _, b in s.asked if route == "/inference/v1/generate"]
+    assert [b["cache_salt"] for b in bodies] == ["version :1", "version :2"]
+
+
+def test_an_update_is_paused_loaded_checked_and_resumed(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        await state.give(2)
+
+    run(servers[:1], body)
+    one = [
+        "/pause", "/start_weight_update", "/update_weights", "/finish_weight_update",
+        "/weight_info", "/collective_rpc", "/resume",
+    ]  # fmt: skip
+    assert servers[0].routes() == ["/version", *one, "/weight_info", *one]
+    pauses = [parameters for route, parameters, _ in servers[0].asked if route == "/pause"]
+    # Nothing is worth keeping of the weights that the server started with.
+    assert pauses == [
+        {"mode": ["keep"], "clear_cache": ["true"]},
+        {"mode": ["keep"], "clear_cache": ["false"]},
+    ]
+    assert servers[0].held["b"].tolist() == [2.0] * 4
+
+
+def test_requests_in_flight_recompute_where_that_is_asked_for(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        await state.give(2)
+
+    run(servers[:1], body, recompute=True)
+    pauses = [parameters for route, parameters, _ in servers[0].asked if route == "/pause"]
+    assert [p["clear_cache"] for p in pauses] == [["true"], ["true"]]
+
+
+def test_a_server_that_a_dead_run_has_left_paused_is_taken_over(servers: list[FakeServer]) -> None:
+    """In the middle of an update, of which nothing may be sampled."""
+    servers[0].paused, servers[0].version, servers[0].held = (
+        True,
+        "0badf00d:41",
+        {"a": torch.zeros(2, 3)},
+    )
+
+    async def body(state: Run) -> None:
+        assert not servers[0].paused
+        assert servers[0].held["a"][0, 0] == 1
+        assert (await state.pool.sample(request()))[0].versions == [1, 1, 1]
+
+    run(servers[:1], body)
+    routes = servers[0].routes()
+    assert routes.index("/pause") < routes.index("/update_weights") < routes.index("/resume")
+    assert routes.index("/resume") < routes.index("/inference/v1/generate")
+
+
+def test_load_is_spread_by_tokens_under_way(servers: list[FakeServer]) -> None:
+    for server in servers:
+        server.delay = 0.5
+
+    async def body(state: Run) -> None:
+        sizes = [64, 8, 8, 8, 8]
+        await asyncio.gather(
+            *(
+                state.pool.sample(request(row, max_new_tokens=size))
+                for row, size in enumerate(sizes)
+            )
+        )
+
+    run(servers, body)
+    counts = sorted(server.routes().count("/inference/v1/generate") for server in servers)
+    assert counts == [1, 4]
+
+
+@pytest.mark.parametrize("behaviour", ["nonsense", "error", "old"])
+def test_a_server_that_answers_wrongly_is_brought_back(
+    behaviour: str, servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(state: Run) -> None:
+        servers[0].behaviour = behaviour
+        asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(4)]
+        await until(lambda: "is taken out" in caplog.text)
+        servers[0].behaviour = "well"
+        for completions in await asyncio.gather(*asked):
+            assert completions[0].versions == [1, 1, 1]
+        assert state.pool.reissued >= 1
+        await until(lambda: state.states() == ["up", "up"])
+
+    run(servers, body)
+    assert servers[0].routes().count("/update_weights") == 2, "it came back with weights"
+    assert f"the server at {servers[0].url} is taken out" in caplog.text
+    assert f"the server at {servers[0].url} is back" in caplog.text
+
+
+def test_a_server_that_hangs_is_left_within_the_timeout(servers: list[FakeServer]) -> None:
+    servers[0].behaviour = "hang"
+
+    async def body(state: Run) -> None:
+        started = time.monotonic()
+        answers = await asyncio.gather(*(state.pool.sample(request(row)) for row in range(4)))
+        assert len(answers) == 4
+        assert 1.0 < time.monotonic() - started < 10.0
+
+    run(servers, body, timeout=1.0)
+
+
+def test_what_a_dead_server_was_asked_is_asked_of_another(servers: list[FakeServer]) -> None:
+    servers[0].behaviour = "hang"
+
+    async def body(state: Run) -> None:
+        asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(4)]
+        await until(lambda: "/inference/v1/generate" in servers[0].routes())
+        await asyncio.to_thread(servers[0].die)
+        assert len(await asyncio.gather(*asked)) == 4
+        await until(lambda: state.states() == ["lost", "up"])
+
+    run(servers, body, timeout=2.0)
+
+
+def test_a_lost_server_may_join_again(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        port = servers[0].port
+        await asyncio.to_thread(servers[0].die)
+        await until(lambda: state.states()[0] == "lost")
+        await state.give(2)
+        servers.append(FakeServer(port))
+        await until(lambda: state.states() == ["up", "up"])
+        assert servers[-1].version == ":2"
+        assert servers[-1].held["a"][0, 0] == 2
+
+    run(list(servers), body, timeout=1.0)
+
+
+def test_the_run_ends_when_no_server_is_left(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        asked = asyncio.create_task(state.pool.sample(request()))
+        for server in servers:
+            await asyncio.to_thread(server.die)
+        await until(lambda: state.states() == ["lost", "lost"])
+        await asyncio.gather(asked, return_exceptions=True)
+        with pytest.raises(EngineError, match="no server is left"):
+            await state.pool.sample(request(1))
+
+    run(servers, body, timeout=1.0)
+
+
+def test_a_request_that_breaks_every_server_ends_the_run(servers: list[FakeServer]) -> None:
+    for server in servers:
+        server.behaviour = "nonsense"
+
+    async def body(state: Run) -> None:
+        with pytest.raises(EngineError, match="answered no JSON|no server is left"):
+            await state.pool.sample(request())
+
+    run(servers, body)
+
+
+def test_a_weight_that_does_not_arrive_is_seen(
+    servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(state: Run) -> None:
+        servers[0].loses = {"b"}
+        await state.give(2)
+        await until(lambda: "does not hold the values that it was sent" in caplog.text)
+        assert servers[0].paused, "nobody samples from half of an update"
+        servers[0].loses = set()
+        await until(lambda: state.states() == ["up", "up"])
+        assert not servers[0].paused
+        assert servers[0].held["b"].tolist() == [2.0] * 4
+
+    run(servers, body)
+    assert "of 1 of 2 weights: b" in caplog.text
+
+
+def test_an_update_that_no_server_takes_ends_the_run(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        for server in servers:
+            server.failing["/update_weights"] = 500
+        with pytest.raises(EngineError, match="no server is left"):
+            await state.give(2)
+
+    run(servers, body, timeout=1.0)
+
+
+def test_weights_are_not_rewritten_while_a_server_reads_them(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        async with state.pool._read():
+            held = asyncio.create_task(state.pool.hold())
+            await asyncio.sleep(0.1)
+            assert not held.done()
+        await held
+        reading = asyncio.create_task(_read_once(state.pool))
+        await asyncio.sleep(0.1)
+        assert not reading.done()
+        await state.pool.let_go()
+        with pytest.raises(EngineError, match="no weights to give"):
+            await reading
+
+    run(servers, body)
+
+
+async def _read_once(pool: ServerPool) -> Any:
+    async with pool._read() as weights:
+        return weights
+
+
+def test_no_request_before_weights(servers: list[FakeServer]) -> None:
+    async def work() -> None:
+        state = Run(servers, 5.0, False)
+        try:
+            await state.start()
+            state.pool.members[0].state = "up"
+            with pytest.raises(EngineError, match="before they got weights"):
+                await state.pool.sample(request())
+        finally:
+            await state.pool.close()
+            state.sender.close()
+
+    asyncio.run(work())
+
+
+class Started:
+    """A server of ours, as far as a pool looks at it: one that was killed, or a stand-in that
+    runs."""
+
+    def __init__(self, port: int, killed: bool) -> None:
+        self.log = Path("server.log")
+        self.server = None if killed else FakeServer(port)
+        self.exit_status = 247 if killed else None
+
+    def said(self) -> str:
+        return "Killed"
+
+    def stop(self) -> None:
+        if self.server is not None and not self.server.dead:
+            self.server.die()
+        self.exit_status = 0
+
+
+@pytest.mark.parametrize("kills", [1, 2, 4])
+def test_a_server_that_is_killed_as_it_starts_is_started_again(kills: int) -> None:
+    port = free_port()
+    outcomes = [False, *[True] * kills]
+
+    def start() -> Any:
+        return Started(port, killed=outcomes.pop(0) if outcomes else False)
+
+    async def work() -> None:
+        state = Run([], 5.0, False)
+        client = ServerClient(f"http://127.0.0.1:{port}", key=None, timeout=5.0)
+        member = Member(client, start, start())
+        state.pool.members.append(member)
+        try:
+            await state.start()
+            await state.give(1)
+            assert member.process is not None
+            member.process.stop()
+            state.pool._take_out(member, "killed")
+            await until(lambda: member.state == ("lost" if kills == 4 else "up"))
+        finally:
+            await state.pool.close()
+            state.sender.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("first", ["killed", "hangs"])
+def test_a_server_that_does_not_come_to_its_first_start_is_started_again(first: str) -> None:
+    port = free_port()
+    outcomes = [first, "starts"]
+
+    def start() -> Any:
+        outcome = outcomes.pop(0)
+        started = Started(port, killed=outcome != "starts")
+        if outcome == "hangs":
+            started.exit_status = None
+        return started
+
+    async def work() -> None:
+        state = Run([], 5.0, False)
+        state.pool._start_timeout = 2.0
+        client = ServerClient(f"http://127.0.0.1:{port}", key=None, timeout=5.0)
+        state.pool.members.append(Member(client, start, start()))
+        try:
+            await state.start()
+            await state.give(1)
+            assert (await state.pool.sample(request()))[0].versions == [1, 1, 1]
+        finally:
+            await state.pool.close()
+            state.sender.close()
+
+    asyncio.run(work())

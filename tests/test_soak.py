@@ -1,0 +1,109 @@
+"""The soak, short: the same checks, and that they can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from recap_fast.config import load_config
+from tests.tiny import save_tiny_model
+from tools import soak
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    out = tmp_path / "soak.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "tools.soak", "--steps", "10", "--kills", "3", "--seed", "2",
+            "--out", str(out),
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(out.read_text())
+    assert 1 <= sum(summary["kills"].values()) <= 3  # it may end before the last one
+    assert summary["prompts trained on once"] > 10
+
+
+def write_run(folder: Path, model: Path, damage: str) -> None:
+    """What a run of three steps leaves behind, with something wrong."""
+    config = load_config(soak.write_config(folder, model, steps=3))
+    run = Path(config.run)
+    run.mkdir()
+    lines, metrics = [], []
+    for step, prompts in soak.expected(config).items():
+        counts = Counter(prompts)
+        if damage == "a prompt twice" and step == 2:
+            counts[next(iter(counts))] *= 2
+        if damage == "a prompt lost" and step == 2:
+            counts.pop(next(iter(counts)))
+        for (source, row), count in counts.items():
+            lines += [json.dumps({"step": step, "source": source, "row": row})] * count
+        if not (damage == "a step lost" and step == 3):
+            metrics.append(json.dumps({"step": step}))
+    (run / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("nothing", None),
+        ("a prompt twice", "step 2: wanted"),
+        ("a prompt lost", "step 2: wanted"),
+        ("a step lost", r"metrics of the steps \[1, 2\]"),
+    ],
+)
+def test_what_is_lost_is_seen(
+    damage: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    monkeypatch.setattr(soak, "in_shared_memory", set)  # other programs use it too
+    write_run(tmp_path, model, damage)
+    problems = soak.check(load_config(tmp_path / "soak.yaml"), set(), set())
+    if said is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1
+        assert re.search(said, problems[0])
+
+
+def test_what_is_left_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    write_run(tmp_path, model, "nothing")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setattr(soak, "PATIENCE", 0.5)
+    monkeypatch.setattr(soak, "SHARED", shared)
+    (shared / "psm_before").write_text("")
+    before = soak.in_shared_memory()
+    ended = [subprocess.Popen([sys.executable, "-c", ""]) for _ in range(3)]
+    for one in ended:
+        one.wait()
+    server, trainer, foreign = (one.pid for one in ended)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    openmp = {n: f"__KMP_REGISTERED_LIB_{n}_0" for n in (server, trainer, foreign, process.pid)}
+    loky = {n: f"sem.loky-{n}-kbk5h8a7" for n in (server, foreign, process.pid)}
+    for name in ["psm_left", "sem.left", *openmp.values(), *loky.values()]:
+        (shared / name).write_text("")
+    seen, killed = {server, trainer, process.pid}, {trainer}
+    try:
+        problems = soak.check(load_config(tmp_path / "soak.yaml"), seen, before, killed)
+        assert soak.of_trainers(before, killed) == {openmp[trainer]}
+    finally:
+        process.kill()
+        process.wait()
+    assert problems[0].startswith(f"process {process.pid} is left: ")
+    wanted = sorted(["psm_left", "sem.left", openmp[server], loky[server]])
+    assert problems[1:] == [f"shared memory is left: {wanted}"]

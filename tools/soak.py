@@ -1,0 +1,313 @@
+"""Kills a run at random moments until it has ended, and looks whether anything was lost.
+
+A small model is trained on a CPU through a real vLLM server, one step off. At random moments one of
+its processes is killed with SIGKILL: the trainer, one of the server (keeper, HTTP process, engine,
+a worker), or one that computes rewards. A trainer that is gone is started again with
+--resume. In the end every step must have trained on its own prompts, each with all its rollouts,
+and no process and no shared memory may be left, but the file of 1 KiB that Intel's OpenMP makes for
+each process, of trainers that were killed themselves: these are counted apart.
+
+    python -m tools.soak --steps 200 --kills 50 --out benchmarks/results/cpu-2core/soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recap_fast.config import TrainConfig, load_config
+from recap_fast.data.mix import DataStream
+from recap_fast.model.policy import load_tokenizer
+from recap_fast.report.metrics import read_metrics
+from recap_fast.training.checkpoint import list_checkpoints
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path("/dev/shm")  # noqa: S108 (looked at only)
+PATIENCE = 60.0
+"""Seconds in which what belongs to a run must have ended after it."""
+VICTIMS = ("trainer", "server", "reward worker")
+CONSOLE = Console()
+
+
+class Problem(RuntimeError):
+    """What was lost or left behind."""
+
+
+def write_config(folder: Path, model: Path, steps: int) -> Path:
+    """A run of two rewards and a supervised loss, all of whose rollouts are written down."""
+    question = "{question} Your reply must start with <answer> and end with </answer>."
+    sums = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 3}
+    size = 4 * steps + 8  # rows enough for every step, whichever source they come from
+    settings = {
+        "run": str(folder / "run"),
+        "model": {"path": str(model), "dtype": "float32", "device": "cpu"},
+        "data": {
+            "batch_size": 4,
+            "max_prompt_tokens": 220,
+            "max_supervised_tokens": 250,
+            "sources": [
+                {
+                    "name": "sums", "kind": "rl", "reasoning_gym": "chain_sum", "size": size,
+                    "parameters": sums, "prompt": question, "held_out": 4,
+                    "rewards": {"accuracy": "accuracy", "answer_format": "answer_format"},
+                },
+                {
+                    "name": "worked", "kind": "sft", "reasoning_gym": "chain_sum", "size": size,
+                    "parameters": sums, "prompt": question, "held_out": 4,
+                },
+            ],
+        },
+        "rollout": {
+            "engine": "vllm_server", "dtype": "float32", "group_size": 4, "max_new_tokens": 24,
+            "cpu_kv_cache_gib": 0.05, "async": {"depth": 1},
+            "server": {"timeout": 30.0, "start_timeout": 300.0},
+        },
+        "loss": {"rollout_is_cap": 2.0},
+        "training": {"steps": steps, "max_tokens": 2048},
+        "evaluation": {"before": False, "after": False},
+        "checkpoint": {"every": 2, "keep": 2},
+        "logging": {"tensorboard": False, "rollouts_per_step": 100000},
+    }  # fmt: skip
+    file = folder / "soak.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def start(file: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
+    """From the newest checkpoint, or from the beginning where the run did not come to one."""
+    how = "--resume" if list_checkpoints(run / "checkpoints") else "--overwrite"
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "recap_fast", "train", str(file), how],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def victims(trainer: psutil.Process) -> dict[str, list[psutil.Process]]:
+    """Processes of a run that a kill may hit."""
+    found: dict[str, list[psutil.Process]] = {
+        "trainer": [trainer],
+        "server": [],
+        "reward worker": [],
+    }
+    for process in trainer.children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+            name = process.name()
+        except psutil.Error:
+            continue
+        if "server_process.py" in line or "vllm" in line or name.startswith("VLLM"):
+            found["server"].append(process)
+        elif "forkserver" in line and process.ppid() != trainer.pid:
+            found["reward worker"].append(process)
+    return found
+
+
+def last_step(run: Path) -> int:
+    try:
+        return max((int(row["step"] or 0) for row in read_metrics(run)), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def expected(config: TrainConfig) -> dict[int, Counter[tuple[str, int]]]:
+    """Of each step the prompts that it must train on, each as often as it has rollouts."""
+    stream = DataStream(config.data, load_tokenizer(config.model.path), config.seed, None)
+    found = {}
+    for step in range(1, config.training.steps + 1):
+        prompts = stream.next_step().prompts
+        found[step] = Counter({(p.source, p.row): 0 for p in prompts})
+        for prompt in prompts:
+            found[step][prompt.source, prompt.row] += config.rollout.group_size
+    return found
+
+
+def trained(run: Path) -> dict[int, Counter[tuple[str, int]]]:
+    found: dict[int, Counter[tuple[str, int]]] = {}
+    for line in (run / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        counts = found.setdefault(sample["step"], Counter())
+        counts[sample["source"], sample["row"]] += 1
+    return found
+
+
+def in_use() -> set[str]:
+    """Names of shared memory that a living process has mapped: other programs may have some."""
+    used = set()
+    for process in psutil.process_iter():
+        try:
+            used |= {Path(region.path).name for region in process.memory_maps()}
+        except psutil.Error:
+            continue
+    return used
+
+
+def in_shared_memory() -> set[str]:
+    return {path.name for path in SHARED.iterdir()}
+
+
+def left_in_shared_memory(before: set[str], seen: Set[int]) -> set[str]:
+    """What has appeared, and no living process has mapped. A file whose name has the number of a
+    process (as Intel's OpenMP and loky give them) counts where that was one of the run's, and has
+    ended: other programs may be at work."""
+    return {
+        name
+        for name in in_shared_memory() - before - in_use()
+        if (number := owner(name)) is None or (number in seen and not psutil.pid_exists(number))
+    }
+
+
+def owner(name: str) -> int | None:
+    """The process that a file is named after."""
+    found = re.match(r"(?:__KMP_REGISTERED_LIB_|sem\.loky-)(\d+)[_-]", name)
+    return None if found is None else int(found[1])
+
+
+def of_trainers(before: set[str], killed: Set[int]) -> set[str]:
+    """What is left of trainers that were killed themselves: nobody was there to remove it."""
+    return {name for name in left_in_shared_memory(before, killed) if owner(name) in killed}
+
+
+def check(
+    config: TrainConfig, seen: set[int], before: set[str], killed: Set[int] = frozenset()
+) -> list[str]:
+    """What is wrong in the end.
+
+    Args:
+        seen: processes that the run had.
+        before: what lay in shared memory.
+        killed: trainers that were killed; what OpenMP has left of themselves is no problem.
+    """
+    run = Path(config.run)
+    problems = []
+    wanted, got = expected(config), trained(run)
+    for step, prompts in wanted.items():
+        if got.get(step) != prompts:
+            problems.append(f"step {step}: wanted {dict(prompts)}, got {dict(got.get(step, {}))}")
+    steps = [row["step"] for row in read_metrics(run)]
+    if steps != list(range(1, config.training.steps + 1)):
+        problems.append(f"metrics of the steps {steps}")
+    until = time.monotonic() + PATIENCE
+    alive = list(seen)
+    while alive and time.monotonic() < until:
+        alive = [pid for pid in alive if psutil.pid_exists(pid)]
+        time.sleep(0.2)
+    for pid in alive:
+        problems.append(f"process {pid} is left: {' '.join(psutil.Process(pid).cmdline())[:200]}")
+    if left := left_in_shared_memory(before, seen) - of_trainers(before, killed):
+        problems.append(f"shared memory is left: {sorted(left)}")
+    return problems
+
+
+def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
+    from tests.rollout.conftest import random_llama
+    from tests.tiny_tokenizer import tiny_tokenizer
+
+    random_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    file = write_config(folder, folder / "model", steps)
+    config = load_config(file)
+    run, log = Path(config.run), folder / "log"
+    dice = random.Random(seed)
+    # Kills are spread over the run, and fall at any moment of a step or a start.
+    marks = sorted(dice.uniform(0, steps - 1) for _ in range(kills))
+    before = in_shared_memory()
+    killed: set[int] = set()
+    done: Counter[str] = Counter()
+    seen: set[int] = set()
+    starts, begun = 1, time.monotonic()
+    process = start(file, run, log)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=CONSOLE) as progress:
+        bar = progress.add_task("steps", total=steps)
+        while True:
+            time.sleep(dice.uniform(0.05, 0.3))
+            step = last_step(run)
+            progress.update(bar, completed=step, description=f"{sum(done.values())} kills, steps")
+            status = process.poll()
+            if status == 0:
+                break
+            if status is not None:
+                if status != -signal.SIGKILL:
+                    raise Problem(f"the trainer ended with {status}: {log.read_text()[-2000:]}")
+                starts += 1
+                process = start(file, run, log)
+                continue
+            try:
+                found = victims(psutil.Process(process.pid))
+            except psutil.NoSuchProcess:
+                continue
+            seen |= {one.pid for group in found.values() for one in group}
+            if marks and step >= marks[0]:
+                kind = dice.choice(VICTIMS)
+                if found[kind]:
+                    time.sleep(dice.uniform(0, 1.0))
+                    chosen = dice.choice(found[kind])
+                    try:
+                        os.kill(chosen.pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+                    killed |= {chosen.pid} if kind == "trainer" else set()
+                    marks.pop(0)
+                    done[kind] += 1
+    problems = check(config, seen, before, killed)
+    if problems:
+        raise Problem("\n".join(problems))
+    rows = read_metrics(run)
+    return {
+        "steps": steps,
+        "kills": dict(sorted(done.items())),
+        "starts of the trainer": starts,
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "prompts trained on once": sum(len(p) for p in expected(config).values()),
+        "requests asked again": int(sum(row.get("rollout/reissued_requests") or 0 for row in rows)),
+        "largest staleness": int(max(row.get("staleness/max") or 0 for row in rows)),
+        "processes left": 0,
+        "shared memory left": 0,
+        "OpenMP files of killed trainers": len(of_trainers(before, killed)),
+        "seed": seed,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the summary")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        try:
+            summary = soak(Path(folder), options.steps, options.kills, options.seed)
+        except Problem as problem:
+            CONSOLE.print(f"[red]failed[/]: {problem}", highlight=False)
+            return 1
+    CONSOLE.print_json(data=summary)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
