@@ -71,7 +71,7 @@ def test_what_is_lost_is_seen(
     model = save_tiny_model(tmp_path / "model")
     monkeypatch.setattr(soak, "in_shared_memory", set)  # other programs use it too
     write_run(tmp_path, model, damage)
-    problems = soak.check(load_config(tmp_path / "soak.yaml"), set(), set())
+    problems = soak.check(load_config(tmp_path / "soak.yaml"), {}, set())
     if said is None:
         assert problems == []
     else:
@@ -97,13 +97,17 @@ def test_what_is_left_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     loky = {n: f"sem.loky-{n}-kbk5h8a7" for n in (server, foreign, process.pid)}
     for name in ["psm_left", "sem.left", *openmp.values(), *loky.values()]:
         (shared / name).write_text("")
-    seen, killed = {server, trainer, process.pid}, {trainer}
+    seen = {server: "vllm", trainer: "recap-fast", process.pid: "sleeper"}
     try:
-        problems = soak.check(load_config(tmp_path / "soak.yaml"), seen, before, killed)
-        assert soak.of_trainers(before, killed) == {openmp[trainer]}
+        problems = soak.check(load_config(tmp_path / "soak.yaml"), seen, before, {trainer})
+        assert soak.of_nobody(before, {trainer}) == {openmp[trainer]}
     finally:
         process.kill()
         process.wait()
-    assert problems[0].startswith(f"process {process.pid} is left: ")
-    wanted = sorted(["psm_left", "sem.left", openmp[server], loky[server]])
-    assert problems[1:] == [f"shared memory is left: {wanted}"]
+    assert problems == [
+        f"process {process.pid} is left: sleeper",
+        f"shared memory is left: {openmp[server]} of vllm",
+        "shared memory is left: psm_left",
+        "shared memory is left: sem.left",
+        f"shared memory is left: {loky[server]} of vllm",
+    ]

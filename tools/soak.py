@@ -5,7 +5,8 @@ its processes is killed with SIGKILL: the trainer, one of the server (keeper, HT
 a worker), or one that computes rewards. A trainer that is gone is started again with
 --resume. In the end every step must have trained on its own prompts, each with all its rollouts,
 and no process and no shared memory may be left, but the file of 1 KiB that Intel's OpenMP makes for
-each process, of trainers that were killed themselves: these are counted apart.
+each process, where nobody was left to remove it: of trainers that were killed themselves, and of
+servers that were starting when the keeper over them was killed. These are counted apart.
 
     python -m tools.soak --steps 200 --kills 50 --out benchmarks/results/cpu-2core/soak.json
 """
@@ -23,7 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ SHARED = Path("/dev/shm")  # noqa: S108 (looked at only)
 PATIENCE = 60.0
 """Seconds in which what belongs to a run must have ended after it."""
 VICTIMS = ("trainer", "server", "reward worker")
+KEEPER = "server_process.py"
+"""In the command line of the process that removes what a server leaves."""
 CONSOLE = Console()
 
 
@@ -113,7 +117,7 @@ def victims(trainer: psutil.Process) -> dict[str, list[psutil.Process]]:
             name = process.name()
         except psutil.Error:
             continue
-        if "server_process.py" in line or "vllm" in line or name.startswith("VLLM"):
+        if KEEPER in line or "vllm" in line or name.startswith("VLLM"):
             found["server"].append(process)
         elif "forkserver" in line and process.ppid() != trainer.pid:
             found["reward worker"].append(process)
@@ -180,20 +184,33 @@ def owner(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def of_trainers(before: set[str], killed: Set[int]) -> set[str]:
-    """What is left of trainers that were killed themselves: nobody was there to remove it."""
-    return {name for name in left_in_shared_memory(before, killed) if owner(name) in killed}
+def of_nobody(before: set[str], alone: Set[int]) -> set[str]:
+    """What OpenMP has left of processes that nobody was there to clean up after."""
+    return {name for name in left_in_shared_memory(before, alone) if owner(name) in alone}
+
+
+def left_alone(chosen: psutil.Process, kind: str) -> set[int]:
+    """Whom a kill leaves without somebody that cleans up after them."""
+    if kind == "trainer":
+        return {chosen.pid}
+    try:
+        if KEEPER in " ".join(chosen.cmdline()):
+            return {one.pid for one in chosen.children(recursive=True)}
+    except psutil.Error:
+        pass
+    return set()
 
 
 def check(
-    config: TrainConfig, seen: set[int], before: set[str], killed: Set[int] = frozenset()
+    config: TrainConfig, seen: Mapping[int, str], before: set[str], alone: Set[int] = frozenset()
 ) -> list[str]:
     """What is wrong in the end.
 
     Args:
-        seen: processes that the run had.
+        seen: processes that the run had, and their command lines.
         before: what lay in shared memory.
-        killed: trainers that were killed; what OpenMP has left of themselves is no problem.
+        alone: processes that nobody was left to clean up after; OpenMP's files of them are no
+            problem.
     """
     run = Path(config.run)
     problems = []
@@ -210,9 +227,11 @@ def check(
         alive = [pid for pid in alive if psutil.pid_exists(pid)]
         time.sleep(0.2)
     for pid in alive:
-        problems.append(f"process {pid} is left: {' '.join(psutil.Process(pid).cmdline())[:200]}")
-    if left := left_in_shared_memory(before, seen) - of_trainers(before, killed):
-        problems.append(f"shared memory is left: {sorted(left)}")
+        problems.append(f"process {pid} is left: {seen[pid]}")
+    for name in sorted(left_in_shared_memory(before, set(seen)) - of_nobody(before, alone)):
+        number = owner(name)
+        of = "" if number is None else f" of {seen[number]}"
+        problems.append(f"shared memory is left: {name}{of}")
     return problems
 
 
@@ -229,9 +248,9 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
     # Kills are spread over the run, and fall at any moment of a step or a start.
     marks = sorted(dice.uniform(0, steps - 1) for _ in range(kills))
     before = in_shared_memory()
-    killed: set[int] = set()
+    alone: set[int] = set()
     done: Counter[str] = Counter()
-    seen: set[int] = set()
+    seen: dict[int, str] = {}
     starts, begun = 1, time.monotonic()
     process = start(file, run, log)
     columns = (
@@ -257,20 +276,23 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
                 found = victims(psutil.Process(process.pid))
             except psutil.NoSuchProcess:
                 continue
-            seen |= {one.pid for group in found.values() for one in group}
+            for one in (one for group in found.values() for one in group):
+                with suppress(psutil.Error):
+                    seen[one.pid] = " ".join(one.cmdline())[:200]
             if marks and step >= marks[0]:
                 kind = dice.choice(VICTIMS)
                 if found[kind]:
                     time.sleep(dice.uniform(0, 1.0))
                     chosen = dice.choice(found[kind])
+                    left = left_alone(chosen, kind)
                     try:
                         os.kill(chosen.pid, signal.SIGKILL)
                     except ProcessLookupError:
                         continue
-                    killed |= {chosen.pid} if kind == "trainer" else set()
+                    alone |= left
                     marks.pop(0)
                     done[kind] += 1
-    problems = check(config, seen, before, killed)
+    problems = check(config, seen, before, alone)
     if problems:
         raise Problem("\n".join(problems))
     rows = read_metrics(run)
@@ -284,7 +306,7 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
         "largest staleness": int(max(row.get("staleness/max") or 0 for row in rows)),
         "processes left": 0,
         "shared memory left": 0,
-        "OpenMP files of killed trainers": len(of_trainers(before, killed)),
+        "OpenMP files that nobody was left to remove": len(of_nobody(before, alone)),
         "seed": seed,
     }
 

@@ -30,7 +30,7 @@ _TERMINATION = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 _TRACKING = 10.0
 _PR_SET_PDEATHSIG = 1
-_LOOKS_EVERY = 1.0
+_LOOKS_EVERY = 0.2
 """Seconds between looks at whose files lie in shared memory."""
 _SHARED = Path("/dev/shm")  # noqa: S108 (where Intel's OpenMP makes them)
 _OPENMP_FILES = "__KMP_REGISTERED_LIB_{}_*"

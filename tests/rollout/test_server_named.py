@@ -135,8 +135,10 @@ def test_a_server_that_is_killed_gets_its_adapters_again(
     os.kill(before[1].pid, signal.SIGKILL)
     rollouts = [r for future in futures for r in future.result(timeout=300)]
     assert len(rollouts) == 12 * 4
+    # They may all have ended before it died: these cannot be answered until it is back.
+    rollouts += engine.generate(prompts, SPEC)
     assert {v for r in rollouts for v in r.versions} == {3}
-    assert mean_mismatch(model[0], rollouts[:8], 1.0) < 1e-5
+    assert mean_mismatch(model[0], rollouts[-8:], 1.0) < 1e-5
     assert loaded(engine) == names
     assert verify_sync(engine, model[0], prompts, tolerance=1e-5).stale == []
 
