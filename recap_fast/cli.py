@@ -387,6 +387,10 @@ def replay(
         float | None, typer.Option(min=0, metavar="MINUTES", help="then start no more runs")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(help="results.json of another machine, whose runs are not done again"),
+    ] = None,
 ) -> None:
     """What is kept where replay is scarce, by method and share; goes on where it was stopped."""
     _log_to_console()
@@ -402,6 +406,7 @@ def replay(
             seeds=_numbers("--seeds", seeds),
             jobs=jobs,
             budget=math.inf if budget is None else budget,
+            earlier=earlier,
         )
     )
 

@@ -124,6 +124,10 @@ QUICK = ReplaySettings(
 """Shows that everything works, and nothing else. The base is that of the quick digits."""
 
 
+Place = tuple[str, int, int]
+"""Of a run in the grid: method, share, seed."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReplayCell(Cell):
     """One run of the grid."""
@@ -134,6 +138,10 @@ class ReplayCell(Cell):
     @property
     def name(self) -> str:
         return f"{self.method}, {self.share} % replay, seed {self.seed}"
+
+    @property
+    def place(self) -> Place:
+        return self.method, self.share, self.seed
 
     @property
     def key(self) -> str:

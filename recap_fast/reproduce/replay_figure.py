@@ -60,8 +60,8 @@ def draw_replay(outcomes: Outcomes, folder: Path) -> list[Plot]:
 
 def _draw_panel(axes: Axes, outcomes: Outcomes, ability: str, methods: tuple[str, ...]) -> None:
     if ability != "reasoning":  # of which the base has so little that methods would look the same
-        axes.axhline(outcomes.base[ability], color=INK, linewidth=1, zorder=1)
-        _label(axes, outcomes.base[ability], "base", INK)
+        axes.axhline(outcomes.base(ability), color=INK, linewidth=1, zorder=1)
+        _label(axes, outcomes.base(ability), "base", INK)
     alone = outcomes.values(NO_REPLAY, 0, ability)
     if len(alone):
         left = interval(alone)

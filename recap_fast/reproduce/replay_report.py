@@ -22,7 +22,12 @@ from recap_fast.reproduce.replay import (
     make_cell,
 )
 from recap_fast.reproduce.replay_figure import draw_replay
-from recap_fast.reproduce.replay_results import CALLS_FILE, collect, write_results
+from recap_fast.reproduce.replay_results import (
+    CALLS_FILE,
+    collect,
+    read_earlier,
+    write_results,
+)
 
 
 def run_replay(
@@ -34,6 +39,7 @@ def run_replay(
     seeds: Sequence[int] | None = None,
     jobs: int = 2,
     budget: float = math.inf,
+    earlier: Path | None = None,
 ) -> str:
     """Runs what is missing of a part of the grid, and returns the tables of all that is finished.
 
@@ -43,11 +49,13 @@ def run_replay(
         methods, shares, seeds: the part, by name, percent and number; None: all.
         jobs: runs at a time.
         budget: minutes after which no run is started any more.
+        earlier: results.json of another folder or machine; its runs are not done again.
 
     Raises:
-        UserError: stopped, a run failed, the folder holds another experiment, or the grid has no
-            such part.
+        UserError: stopped, a run failed, the folder or `earlier` holds another experiment, or the
+            grid has no such part.
     """
+    content, done = (None, {}) if earlier is None else read_earlier(earlier, settings)
     console = Console(stderr=True)
     began = time.monotonic()
     make_output(output)
@@ -58,20 +66,34 @@ def run_replay(
     )
     cells = grid(settings, base, output)
     chosen = choose(cells, methods, shares, seeds)
+    missing = [cell for cell in chosen if cell.place not in done]
     check_folders(cells)
-    _note_call(chosen, jobs, output)
+    _note_call(missing, jobs, output)
+
+    def write() -> str:
+        outcomes = collect(cells, base_scores(base), settings, output, done)
+        if not outcomes.runs:
+            return "no run is finished yet\n"
+        for plot in draw_replay(outcomes, output / "figures"):
+            console.print(f"{plot.path}: {plot.caption}", highlight=False, soft_wrap=True)
+        return write_results(outcomes, cells, settings, output, content)
+
     try:
-        run_grid(chosen, jobs, console, budget=60 * budget - (time.monotonic() - began))
+        run_grid(missing, jobs, console, budget=60 * budget - (time.monotonic() - began))
     except GridError:
-        console.print(_write(cells, base, settings, output, console))
+        console.print(write())
         raise
-    return _write(cells, base, settings, output, console) + _describe_rest(chosen)
+    return write() + _describe_rest(missing, len(chosen))
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _note_call(chosen: Sequence[ReplayCell], jobs: int, output: Path) -> None:
     """Step times are compared within a call: others may have had other cores, or company."""
     call = {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "started": now(),
         "jobs": jobs,
         "runs": [cell.key for cell in chosen if not cell.is_finished],
     }
@@ -80,27 +102,11 @@ def _note_call(chosen: Sequence[ReplayCell], jobs: int, output: Path) -> None:
             file.write(json.dumps(call) + "\n")
 
 
-def _write(
-    cells: Sequence[ReplayCell],
-    base: Path,
-    settings: ReplaySettings,
-    output: Path,
-    console: Console,
-) -> str:
-    """Tables and the figure of the finished runs."""
-    outcomes = collect(cells, base_scores(base), settings, output)
-    if not outcomes.runs:
-        return "no run is finished yet\n"
-    for plot in draw_replay(outcomes, output / "figures"):
-        console.print(f"{plot.path}: {plot.caption}", highlight=False, soft_wrap=True)
-    return write_results(outcomes, cells, settings, output)
-
-
-def _describe_rest(chosen: Sequence[ReplayCell]) -> str:
-    left = [cell for cell in chosen if not cell.is_finished]
+def _describe_rest(missing: Sequence[ReplayCell], asked: int) -> str:
+    left = [cell for cell in missing if not cell.is_finished]
     if not left:
-        return f"All {len(chosen)} runs that were asked for are finished.\n"
+        return f"All {asked} runs that were asked for are finished.\n"
     counts = Counter((cell.method, cell.share) for cell in left)
     lines = [f"  {method}, {share} % replay: {n}\n" for (method, share), n in counts.items()]
-    told = f"{len(left)} of the {len(chosen)} runs are left; the same command goes on:\n"
+    told = f"{len(left)} of the {asked} runs are left; the same command goes on:\n"
     return "\n" + told + "".join(lines)

@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 
 from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MACHINE_FILE, read_metrics
+from recap_fast.reproduce.experiment import ExperimentError
 from recap_fast.reproduce.replay import (
     CLAIM_SEEDS,
     CLAIM_SHARES,
@@ -24,6 +25,7 @@ from recap_fast.reproduce.replay import (
     METHODS,
     NEW_METHODS,
     NO_REPLAY,
+    Place,
     ReplayCell,
     ReplaySettings,
 )
@@ -48,12 +50,13 @@ class Outcome:
     """Percent of the run's rows that were replayed."""
     seconds: float
     """Median time of a step."""
-    call: int | None
-    """Line of CALLS_FILE, from 0, with the call that finished it; None: of none."""
+    call: str | None
+    """When the call of the command began that finished it; None: unknown."""
+    base: dict[str, float]
+    """Scores of the base that it started from, by ability: machines train bases apart."""
 
-
-Key = tuple[str, int, int]
-"""Method, share, seed."""
+    def loss(self, ability: str) -> float:
+        return self.base[ability] - self.scores[ability]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +111,15 @@ class Outcomes:
     """The finished runs of a grid.
 
     Args:
-        base: scores of the base, by ability.
         runs: by method, share and seed.
     """
 
-    def __init__(
-        self, base: Mapping[str, float], runs: Mapping[Key, Outcome], settings: ReplaySettings
-    ) -> None:
-        self.base, self.runs, self.settings = dict(base), dict(runs), settings
+    def __init__(self, runs: Mapping[Place, Outcome], settings: ReplaySettings) -> None:
+        self.runs, self.settings = dict(runs), settings
+
+    def base(self, ability: str) -> float:
+        """The base's score; of several bases the mean over the runs."""
+        return float(np.mean([run.base[ability] for run in self.runs.values()]))
 
     @property
     def methods(self) -> list[str]:
@@ -134,24 +138,29 @@ class Outcomes:
         seeds = self.seeds(method, share)
         return np.array([self.runs[method, share, seed].scores[ability] for seed in seeds])
 
+    def losses(self, method: str, share: int, ability: str) -> np.ndarray:
+        """[S] of the base's scores less those after the last step."""
+        seeds = self.seeds(method, share)
+        return np.array([self.runs[method, share, seed].loss(ability) for seed in seeds])
+
     def replayed(self, method: str, share: int) -> float:
         """Percent of the rows that were replayed, mean of the seeds; `share` unless adaptive."""
         runs = [self.runs[method, share, seed] for seed in self.seeds(method, share)]
         return float(np.mean([run.replayed for run in runs]))
 
-    def uniform_at(self, share: int, replayed: float, seed: int, ability: str) -> float | None:
-        """Uniform's score at the rows that another run of `share` percent has replayed: where
+    def uniform_loss(self, share: int, replayed: float, seed: int, ability: str) -> float | None:
+        """What Uniform lost at the rows that another run of `share` percent has replayed: where
         these are others (adaptive shares), between the measured shares on a straight line over
         their logarithms. None: a run for it is missing."""
         if replayed == share:
             run = self.runs.get(("uniform", share, seed))
-            return run.scores[ability] if run else None
+            return run.loss(ability) if run else None
         shares = sorted(self.settings.shares)
         runs = [self.runs.get(("uniform", one, seed)) for one in shares]
-        scores = [run.scores[ability] for run in runs if run]
-        if len(scores) < len(shares):
+        losses = [run.loss(ability) for run in runs if run]
+        if len(losses) < len(shares):
             return None
-        return float(np.interp(math.log(replayed), np.log(shares), scores))
+        return float(np.interp(math.log(replayed), np.log(shares), losses))
 
     def against_uniform(
         self, method: str, share: int, ability: str, ratio: float = 1.0
@@ -160,10 +169,9 @@ class Outcomes:
         found = []
         for seed in self.seeds(method, share):
             run = self.runs[method, share, seed]
-            uniform = self.uniform_at(share, run.replayed, seed, ability)
+            uniform = self.uniform_loss(share, run.replayed, seed, ability)
             if uniform is not None:
-                base = self.base[ability]
-                found.append(base - run.scores[ability] - ratio * (base - uniform))
+                found.append(run.loss(ability) - ratio * uniform)
         return np.array(found)
 
 
@@ -178,30 +186,40 @@ def interval(values: np.ndarray, level: float = _CONFIDENCE) -> Interval:
 
 
 def collect(
-    cells: Sequence[ReplayCell], base: Mapping[str, float], settings: ReplaySettings, output: Path
+    cells: Sequence[ReplayCell],
+    base: Mapping[str, float],
+    settings: ReplaySettings,
+    output: Path,
+    earlier: Mapping[Place, Outcome],
 ) -> Outcomes:
     """The finished runs of a grid.
 
     Args:
         base: the base's scores by their keys in a run's metrics.
         output: folder of CALLS_FILE.
+        earlier: runs that were finished elsewhere.
     """
-    calls = _read_calls(output)
+    calls = read_calls(output)
+    scores = {name: base[score.key] for name, score in ABILITIES.items()}
     runs = {
-        (cell.method, cell.share, cell.seed): _outcome(cell, calls)
+        cell.place: _outcome(cell, calls, scores)
         for cell in cells
-        if cell.is_finished
+        if cell.place not in earlier and cell.is_finished
     }
-    return Outcomes({name: base[score.key] for name, score in ABILITIES.items()}, runs, settings)
+    return Outcomes({**earlier, **runs}, settings)
 
 
-def _outcome(cell: ReplayCell, calls: Sequence[Mapping[str, Any]]) -> Outcome:
+def _outcome(
+    cell: ReplayCell, calls: Sequence[Mapping[str, Any]], base: dict[str, float]
+) -> Outcome:
     history = RunHistory(read_metrics(cell.folder))
+    own = [call["started"] for call in calls if cell.key in call["runs"]]
     return Outcome(
         scores={name: _last(history, score) for name, score in ABILITIES.items()},
         replayed=_replayed(history, cell.share),
         seconds=float(np.median(history.series("time/total")[1])),
-        call=max((n for n, call in enumerate(calls) if cell.key in call["runs"]), default=None),
+        call=own[-1] if own else None,
+        base=base,
     )
 
 
@@ -218,47 +236,42 @@ def _last(history: RunHistory, score: Score) -> float:
     return float(history.series(score.key)[1][-1])
 
 
-def _read_calls(output: Path) -> list[dict[str, Any]]:
+def read_calls(output: Path) -> list[dict[str, Any]]:
     path = output / CALLS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def share_kept(outcomes: Outcomes, method: str) -> Interval | None:
-    """The percentage of replay from which on grounding stays within KEPT of the base.
+    """The percentage of replay from which on at most KEPT of the base's grounding is lost.
 
-    The mean over seeds is drawn through the measured shares on straight lines over their
+    The mean loss over seeds is drawn through the measured shares on straight lines over their
     logarithms; the interval's ends are where those of the mean's interval cross. -inf: kept at the
     lowest share; inf: not at the highest. None: fewer than two shares are measured.
     """
     shares = outcomes.shares(method)
     if len(shares) < 2:
         return None
-    means = [interval(outcomes.values(method, share, "grounding")) for share in shares]
-    replayed = [outcomes.replayed(method, share) for share in shares]
-    wanted = outcomes.base["grounding"] - KEPT
-
-    def crossing(values: Sequence[float]) -> float:
-        return _last_crossing(np.array(replayed), np.array(values), wanted)
-
+    losses = [interval(outcomes.losses(method, share, "grounding")) for share in shares]
+    replayed = np.array([outcomes.replayed(method, share) for share in shares])
     return Interval(
-        crossing([mean.mean for mean in means]),
-        crossing([mean.high for mean in means]),
-        crossing([mean.low for mean in means]),
+        _last_crossing(replayed, np.array([loss.mean for loss in losses]), KEPT),
+        _last_crossing(replayed, np.array([loss.low for loss in losses]), KEPT),
+        _last_crossing(replayed, np.array([loss.high for loss in losses]), KEPT),
     )
 
 
-def _last_crossing(shares: np.ndarray, values: np.ndarray, wanted: float) -> float:
-    """The share [H] from which on the line through the values [H] stays at or above `wanted`."""
-    if np.isnan(values).any():
+def _last_crossing(shares: np.ndarray, losses: np.ndarray, wanted: float) -> float:
+    """The share [H] from which on the line through the losses [H] stays at or below `wanted`."""
+    if np.isnan(losses).any():
         return math.nan
-    below = np.flatnonzero(values < wanted)
-    if not len(below):
+    above = np.flatnonzero(losses > wanted)
+    if not len(above):
         return -math.inf
-    at = below[-1]
+    at = above[-1]
     if at == len(shares) - 1:
         return math.inf
-    part = (wanted - values[at]) / (values[at + 1] - values[at])
+    part = (wanted - losses[at]) / (losses[at + 1] - losses[at])
     low, high = np.log(shares[at : at + 2])
     return float(np.exp(low + part * (high - low)))
 
@@ -290,14 +303,22 @@ def judge_claim(outcomes: Outcomes) -> Claim:
 
 
 def write_results(
-    outcomes: Outcomes, cells: Sequence[ReplayCell], settings: ReplaySettings, output: Path
+    outcomes: Outcomes,
+    cells: Sequence[ReplayCell],
+    settings: ReplaySettings,
+    output: Path,
+    earlier: Mapping[str, Any] | None,
 ) -> str:
-    """Writes results.json and results.md, and returns the tables."""
+    """Writes results.json and results.md, and returns the tables.
+
+    Args:
+        earlier: content of the results.json that others of the runs come from.
+    """
+    before = earlier or {"machines": [], "calls": []}
     content = {
-        "settings": asdict(settings),
-        "machines": _machines(cells),
-        "calls": _read_calls(output),
-        "base": outcomes.base,
+        "settings": _settings_content(settings),
+        "machines": [*before["machines"], *_machines(cells)],
+        "calls": [*before["calls"], *read_calls(output)],
         "methods": {name: asdict(METHODS[name]) for name in outcomes.methods},
         "runs": [
             {"method": method, "share": share, "seed": seed, **asdict(outcome)}
@@ -312,6 +333,39 @@ def write_results(
     tables = render_tables(outcomes)
     (output / TABLE_FILE).write_text(tables, encoding="utf-8")
     return tables
+
+
+def read_earlier(
+    path: Path, settings: ReplaySettings
+) -> tuple[dict[str, Any], dict[Place, Outcome]]:
+    """A results.json of another folder, and its runs.
+
+    Raises:
+        ExperimentError: it is not there, is none, or is of other settings.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        runs = {}
+        for entry in content["runs"]:
+            place = (entry.pop("method"), entry.pop("share"), entry.pop("seed"))
+            runs[place] = Outcome(**entry)
+        given = content["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{path}: not the results of this experiment: {error!r}") from error
+    wanted = _settings_content(settings)
+    for name in sorted({*wanted, *given}):
+        if given.get(name) != wanted.get(name):
+            raise ExperimentError(
+                f"{path} is of another experiment: its {name} is {given.get(name)}, and here it is "
+                f"{wanted.get(name)}"
+            )
+    return content, runs
+
+
+def _settings_content(settings: ReplaySettings) -> dict[str, Any]:
+    """As JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
 
 
 def _dict(found: Interval | None) -> dict[str, float | str] | None:
@@ -364,7 +418,7 @@ def render_tables(outcomes: Outcomes) -> str:
 
 def _ability_table(outcomes: Outcomes, ability: str) -> str:
     shares = sorted({share for _, share, _ in outcomes.runs if share})
-    base = outcomes.base[ability]
+    base = outcomes.base(ability)
     head = [f"{ABILITIES[ability].label}, base {base:.3f}", *(f"{s} %" for s in shares), "runs"]
 
     def rows() -> Iterator[list[str]]:

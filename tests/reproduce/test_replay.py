@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -35,6 +36,7 @@ from recap_fast.reproduce.replay_results import (
     cost,
     interval,
     judge_claim,
+    read_earlier,
     render_tables,
     share_kept,
 )
@@ -45,9 +47,11 @@ FEW = replace(QUICK, methods=("reasoning-only", "uniform", "recap"))
 BASE = {"reasoning": 0.3, "grounding": 0.65, "ocr": 0.98}
 
 
-def outcome(grounding=0.5, reasoning=0.9, replayed=10.0, seconds=1.0, call: int | None = 0):
+def outcome(
+    grounding=0.5, reasoning=0.9, replayed=10.0, seconds=1.0, call: str | None = "today", base=BASE
+):
     scores = {"reasoning": reasoning, "grounding": grounding, "ocr": 0.97}
-    return Outcome(scores, replayed, seconds, call)
+    return Outcome(scores, replayed, seconds, call, base)
 
 
 def full_outcomes(losses: dict[str, float], reasoning: dict[str, float] | None = None) -> Outcomes:
@@ -64,7 +68,7 @@ def full_outcomes(losses: dict[str, float], reasoning: dict[str, float] | None =
                     0.9 + noise - (reasoning or {}).get(method, 0.0),
                     replayed=float(share),
                 )
-    return Outcomes(BASE, runs, FULL)
+    return Outcomes(runs, FULL)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,16 +198,16 @@ def test_no_verdict_before_the_last_run(gone) -> None:
 
 def test_more_replay_than_the_share_is_compared_with_uniform_at_as_much() -> None:
     outcomes = full_outcomes({"uniform": 0.2})
-    scores = [outcomes.runs["uniform", s, 2].scores["grounding"] for s in FULL.shares]
+    losses = [outcomes.runs["uniform", s, 2].loss("grounding") for s in FULL.shares]
     # Halfway between 10 and 20 % in the logarithm.
-    expected = (scores[1] + scores[2]) / 2
-    found = outcomes.uniform_at(10, math.sqrt(200), 2, "grounding")
+    expected = (losses[1] + losses[2]) / 2
+    found = outcomes.uniform_loss(10, math.sqrt(200), 2, "grounding")
     assert found is not None
     assert np.isclose(found, expected)
-    assert outcomes.uniform_at(10, 10.0, 2, "grounding") == scores[1]
+    assert outcomes.uniform_loss(10, 10.0, 2, "grounding") == losses[1]
     del outcomes.runs["uniform", 33, 2]
-    assert outcomes.uniform_at(10, 14.0, 2, "grounding") is None
-    assert outcomes.uniform_at(10, 10.0, 2, "grounding") == scores[1]
+    assert outcomes.uniform_loss(10, 14.0, 2, "grounding") is None
+    assert outcomes.uniform_loss(10, 10.0, 2, "grounding") == losses[1]
 
 
 def test_the_share_that_keeps_grounding_lies_where_the_mean_crosses() -> None:
@@ -231,13 +235,13 @@ def test_the_share_that_keeps_grounding_lies_where_the_mean_crosses() -> None:
 
 def test_cost_compares_runs_of_one_call_alone() -> None:
     runs = {
-        ("uniform", 10, 0): outcome(seconds=1.0, call=0),
-        ("uniform", 10, 1): outcome(seconds=2.0, call=1),
-        ("recap", 10, 0): outcome(seconds=1.1, call=0),
-        ("recap", 10, 1): outcome(seconds=9.0, call=2),  # another machine, perhaps
+        ("uniform", 10, 0): outcome(seconds=1.0, call="morning"),
+        ("uniform", 10, 1): outcome(seconds=2.0, call="noon"),
+        ("recap", 10, 0): outcome(seconds=1.1, call="morning"),
+        ("recap", 10, 1): outcome(seconds=9.0, call="night"),  # another machine, perhaps
         ("dwa", 10, 1): outcome(seconds=9.0, call=None),
     }
-    outcomes = Outcomes(BASE, runs, FULL)
+    outcomes = Outcomes(runs, FULL)
     found = cost(outcomes, "recap")
     assert found is not None
     assert np.isclose(found.mean, 1.1)
@@ -283,6 +287,8 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(replay_report, "ensure_base", lambda *_: tmp_path / "base")
     base = {"eval/range/accuracy": 0.3, "eval/locate/iou": 0.6, "eval/transcribe/token_accuracy": 1}
     monkeypatch.setattr(replay_report, "base_scores", lambda _: base)
+    calls = itertools.count()
+    monkeypatch.setattr(replay_report, "now", lambda: f"call {next(calls)}")
     return asked
 
 
@@ -306,10 +312,56 @@ def test_pieces_add_up_and_nothing_runs_twice(tmp_path, recorded) -> None:
     assert calls == [10, 2, 8, 8]
     # The last call did what the first and the third had been given no time for.
     assert content["cost"]["recap"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert {run["call"] for run in content["runs"]} == {1, 3}
+    assert {run["call"] for run in content["runs"]} == {"call 1", "call 3"}
     assert content["machines"][0]["cpu"] == "one"
     assert (output / "results.md").read_text() in replay_report.run_replay(output, FEW)
     assert (output / "figures" / "replay.png").stat().st_size > 10_000
+
+
+def test_runs_of_another_machine_are_not_done_again(tmp_path, recorded) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    replay_report.run_replay(there, FEW, shares=[10])
+    results = there / "results.json"
+    content = json.loads(results.read_text())
+    for run in content["runs"]:
+        run["base"]["grounding"] = 0.7  # another base, of which each run has lost 0.2
+    results.write_text(json.dumps(content))
+    del recorded[:]
+    told = replay_report.run_replay(here, FEW, earlier=results)
+    assert sorted(recorded) == sorted(
+        f"{method}/replay-20/seed-{seed}" for method in ("uniform", "recap") for seed in (0, 1)
+    )
+    assert "All 10 runs that were asked for are finished." in told
+    both = json.loads((here / "results.json").read_text())
+    assert len(both["runs"]) == 10
+    assert [call["started"] for call in both["calls"]] == ["call 0", "call 1"]
+    assert len(both["machines"]) == 2
+    assert {(run["share"], run["base"]["grounding"]) for run in both["runs"]} == {
+        (0, 0.7), (10, 0.7), (20, 0.6),
+    }  # fmt: skip
+    _, runs = read_earlier(here / "results.json", FEW)
+    assert {place[1]: run.loss("grounding") for place, run in runs.items()} == pytest.approx(
+        {0: 0.2, 10: 0.2, 20: 0.1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "not the results of this experiment: FileNotFound"),
+        (lambda path: path.write_text("[]"), "not the results of this experiment: TypeError"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"window": 4', '"window": 5')),
+            "is of another experiment: its window is 5, and here it is 4",
+        ),
+    ],
+)
+def test_results_of_something_else_are_refused(tmp_path, recorded, damage, message) -> None:
+    replay_report.run_replay(tmp_path / "there", FEW)
+    path = tmp_path / "there" / "results.json"
+    damage(path)
+    with pytest.raises(ExperimentError, match=message):
+        replay_report.run_replay(tmp_path / "here", FEW, earlier=path)
 
 
 def test_results_are_written_when_a_run_fails(tmp_path, recorded, monkeypatch) -> None:
@@ -328,4 +380,4 @@ def test_the_figure_has_every_method_once(tmp_path: Path) -> None:
     assert sorted([*drawn, NO_REPLAY, "uniform"]) == sorted(METHODS)
     (plot,) = draw_replay(full_outcomes({"uniform": 0.2, "together": 0.05}), tmp_path)
     assert plot.path.stat().st_size > 50_000
-    assert draw_replay(Outcomes(BASE, {(NO_REPLAY, 0, 0): outcome()}, FULL), tmp_path) == []
+    assert draw_replay(Outcomes({(NO_REPLAY, 0, 0): outcome()}, FULL), tmp_path) == []
