@@ -176,6 +176,43 @@ def _pulls(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     return drawn
 
 
+def _shares(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
+    axes = figure.subplots()
+    label_axes(axes, "Shares of the sources", "share of a step's rows")
+    drawn = _per_source(axes, history, config, "mixing", _EXACT)
+    axes.set_ylim(bottom=0)
+    return drawn
+
+
+def _reviews(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
+    left, right = figure.subplots(1, 2)
+    label_axes(left, "Solved prompts that came back", "prompts in a step")
+    drawn = _per_source(left, history, config, "review", _NOISY, legend_at=1)
+    label_axes(right, "Solved again", "share of those")
+    _per_source(right, history, config, "review_solved", _NOISY, legend_at=1)
+    left.set_ylim(bottom=0)
+    right.set_ylim(-0.03, 1.03)
+    return drawn
+
+
+def _per_source(
+    axes: Axes,
+    history: RunHistory,
+    config: TrainConfig,
+    prefix: str,
+    share: float,
+    legend_at: int = 2,
+) -> bool:
+    drawn = False
+    for place, source in enumerate(config.data.sources):
+        x, y = history.series(f"{prefix}/{source.name}")
+        if len(x):
+            _curve(axes, x, y, COLOURS[place % len(COLOURS)], source.name, share)
+            drawn = True
+    _legend(axes, legend_at)
+    return drawn
+
+
 def _losses(figure: Figure, history: RunHistory, config: TrainConfig) -> bool:
     """Policy losses hover around 0 and supervised ones do not: each kind has its own axis."""
     present = [
@@ -335,6 +372,10 @@ _FIGURES: tuple[tuple[str, str, _Draw], ...] = (
         "reweighting.balance.",
         _pulls,
     ),
+    ("shares", "Rows of each source, where the objectives' weights decide (data.mixing adaptive).",
+     _shares),
+    ("reviews", "Prompts that were solved and came back (data.review), and how many of them were "
+     "solved again.", _reviews),
     ("losses", "Unweighted loss of each objective.", _losses),
     (
         "zero_std",

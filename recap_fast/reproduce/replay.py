@@ -42,6 +42,8 @@ class ReplayMethod:
     """Whether the sources' shares follow the weights, from where those of the others are."""
     has_review: bool = False
     """Whether prompts that were solved come back."""
+    is_ablation: bool = False
+    """Whether it is there to take the new methods apart: at the claim's shares alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,22 @@ METHODS: dict[str, ReplayMethod] = {
         is_new=True,
         is_adaptive=True,
         has_review=True,
+    ),
+    "balanced": ReplayMethod(
+        "Uniform balanced",
+        {"reweighting": _UNIFORM | {"balance": "gradient"}},
+        is_ablation=True,
+    ),
+    "balanced-iou-3": ReplayMethod(
+        "Balanced, IoU x 3",
+        {
+            "reweighting": {
+                "method": "static",
+                "parameters": {"weights": [1, 1, 3, 1, 1]},
+                "balance": "gradient",
+            }
+        },
+        is_ablation=True,
     ),
     "gdpo": ReplayMethod("GDPO", {"reweighting": _UNIFORM | {"advantages": "gdpo"}}),
     "dwa": ReplayMethod("DWA", {"reweighting": {"method": "dwa"}}),
@@ -175,6 +193,7 @@ def grid(settings: ReplaySettings, base: Path, output: Path) -> list[ReplayCell]
         for share in (0, *settings.shares)
         for method in settings.methods
         if (method == NO_REPLAY) == (share == 0)
+        and (share in CLAIM_SHARES or not METHODS[method].is_ablation)
     ]
     places.sort(key=lambda place: _stage(place[0], place[1]))  # stable
     return [make_cell(settings, base, output, *place) for place in places]

@@ -1,6 +1,6 @@
 """The figure of scarce replay: abilities against the share of rows that are replayed.
 
-Eleven lines in one panel cannot be told apart, so methods stand in columns of a few, each with
+Thirteen lines in one panel cannot be told apart, so methods stand in columns of a few, each with
 Uniform in grey, the base and what is left without replay.
 """
 
@@ -24,6 +24,7 @@ from recap_fast.reproduce.results import ABILITIES
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "Weights": ("recap", "recap-balanced", "recap-retention"),
     "Rows": ("adaptive", "review", "together"),
+    "Balance without RECAP": ("balanced", "balanced-iou-3"),
     "Rivals": ("gdpo", "dwa", "saw"),
 }
 _ROWS = ("grounding", "ocr", "reasoning")

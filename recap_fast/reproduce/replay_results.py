@@ -38,6 +38,8 @@ KEPT = 0.02
 LOSS_RATIO, REASONING_COST = 0.5, 0.01
 """Of the claim: the most that a new method may lose, in what Uniform loses and in accuracy."""
 _CONFIDENCE = 0.95
+_WHICH = ("methods", "shares", "seeds")
+"""Settings that say which runs there are, and not how one goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +365,9 @@ def read_earlier(
 
 
 def _settings_content(settings: ReplaySettings) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """As JSON gives it back; without which runs there are."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return found
+    return {name: value for name, value in found.items() if name not in _WHICH}
 
 
 def _dict(found: Interval | None) -> dict[str, float | str] | None:

@@ -88,6 +88,18 @@ def test_a_finished_run(finished: Path) -> None:
         assert words in page.text, words
 
 
+def test_shares_and_reviews_are_drawn_where_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", done=6, total=6)
+    rows = read_metrics(run)
+    for row in rows[1:]:
+        row |= {"mixing/chain_sum": 0.8, "mixing/facts": 0.2, "review/chain_sum": 0.0}
+    rows[-1] |= {"review/chain_sum": 2.0, "review_solved/chain_sum": 0.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(run)
+    drawn = {path.stem for path in (run / "plots").glob("*.png")}
+    assert {"shares", "reviews"} <= drawn
+
+
 def test_counters_add_failures_and_take_the_last_of_skipped(finished: Path) -> None:
     text = write_report(finished).read_text(encoding="utf-8")
     assert re.search(r"accuracy/timeout</td><td class=\"n\">2<", text)

@@ -59,7 +59,8 @@ def full_outcomes(losses: dict[str, float], reasoning: dict[str, float] | None =
     +- 0.01, the same for all methods."""
     runs = {}
     for method in METHODS:
-        for share in (0,) if method == NO_REPLAY else FULL.shares:
+        shares = CLAIM_SHARES if METHODS[method].is_ablation else FULL.shares
+        for share in (0,) if method == NO_REPLAY else shares:
             for seed in FULL.seeds:
                 noise = 0.005 * (seed - 2)
                 loss = losses.get(method, losses["uniform"]) * math.sqrt(10 / max(share, 1))
@@ -89,7 +90,9 @@ def test_every_method_has_a_configuration_with_its_share_of_replay(tmp_path, met
     assert (config.seed, config.training.steps) == (3, 200)
     assert config.run == str(tmp_path / method / f"replay-{cell.share}" / "seed-3")
     assert not config.evaluation.before
-    if config.reweighting.method != "uniform":
+    if config.reweighting.method == "static":
+        assert config.objectives[2].name == "iou"  # which the weights are given by place
+    elif config.reweighting.method != "uniform":
         assert config.reweighting.parameters["window"] == 10
     make_reweighter(config.reweighting.method, 5, **config.reweighting.parameters)
 
@@ -111,6 +114,12 @@ def test_the_grid_has_every_place_once_and_the_claim_first(tmp_path) -> None:
     ]
     assert keys[35] == "reasoning-only/replay-0/seed-0"
     assert {cell.share for cell in cells[60:]} == {5, 33, 67}
+
+
+def test_what_takes_methods_apart_runs_at_the_shares_of_the_claim(tmp_path) -> None:
+    cells = grid(FULL, tmp_path / "base", tmp_path)
+    assert {cell.share for cell in cells if cell.method == "balanced"} == set(CLAIM_SHARES)
+    assert len(cells) == 5 + 10 * 5 * 5 + 2 * 2 * 5
 
 
 def test_a_part_is_chosen_and_what_is_not_there_is_named(tmp_path) -> None:
@@ -327,7 +336,7 @@ def test_runs_of_another_machine_are_not_done_again(tmp_path, recorded) -> None:
         run["base"]["grounding"] = 0.7  # another base, of which each run has lost 0.2
     results.write_text(json.dumps(content))
     del recorded[:]
-    told = replay_report.run_replay(here, FEW, earlier=results)
+    told = replay_report.run_replay(here, replace(FEW, seeds=(1, 0)), earlier=results)
     assert sorted(recorded) == sorted(
         f"{method}/replay-20/seed-{seed}" for method in ("uniform", "recap") for seed in (0, 1)
     )
