@@ -165,7 +165,7 @@ class ServerEngine:
                 f"rollout.server.adapters is named, and {problem} (--set "
                 f"rollout.server.adapters=merged)"
             )
-        self._adapters = NamedAdapters(self.dtype, self._config.adapter_slots)
+        self._adapters = NamedAdapters(self.dtype, self._config.adapter_slots, self._id)
 
     def _make_transfer(self, device: torch.device, first_gpu: int) -> None:
         if self._adapted is not None:

@@ -29,6 +29,7 @@ from recap_fast.model.lora import (
     whole_adapters,
 )
 from recap_fast.rollout.server_client import ServerClient, ServerTrouble
+from recap_fast.rollout.server_label import taken
 from recap_fast.rollout.server_worker import adapter_digest, digest
 from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, sample_columns
 
@@ -57,10 +58,11 @@ class NamedAdapters:
     Args:
         dtype: the engine's.
         slots: how many versions a server holds at a time.
+        run: whose they are.
     """
 
-    def __init__(self, dtype: torch.dtype, slots: int) -> None:
-        self._dtype, self._slots = dtype, slots
+    def __init__(self, dtype: torch.dtype, slots: int, run: str) -> None:
+        self._dtype, self._slots, self._run = dtype, slots, run
         self._root = Path(tempfile.mkdtemp(prefix="recap-fast-adapters-"))  # mode 0700
         self._live: list[NamedVersion] = []
         self._retired: list[NamedVersion] = []
@@ -84,7 +86,7 @@ class NamedAdapters:
         """Makes a new version of a model's adapters, which every process takes part in; the oldest
         is no longer live where there are more than servers hold."""
         # Never a name again, in any run: what a server keeps under it would pass for the new one.
-        name = f"{_PREFIX}{version}-{secrets.token_hex(6)}"
+        name = f"{_own_prefix(self._run)}{version}-{secrets.token_hex(6)}"
         tensors = {
             name: tensor.to("cpu", self._dtype, copy=True).contiguous()
             for name, tensor in whole_adapters(model)
@@ -119,12 +121,16 @@ class NamedAdapters:
         of each that it loads. Versions that are written meanwhile are among them.
 
         Raises:
+            OtherRunError: since it was given some, another run has given it others.
             ServerTrouble, EngineError: it does not.
         """
         newest = None
         while newest is not self.newest:
             newest, live = self.newest, list(self._live)
             there = {name for name in await client.adapters() if name.startswith(_PREFIX)}
+            theirs = sorted(name for name in there if not name.startswith(_own_prefix(self._run)))
+            if theirs and client in self._seen:  # what a run that has ended has left goes, but once
+                raise taken(theirs[-1], self._run, client.url)
             seen = self._seen.setdefault(client, set())
             seen &= there & {one.name for one in live}
             if not seen:  # new here, or started again
@@ -152,6 +158,10 @@ class NamedAdapters:
 
     def close(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+def _own_prefix(run: str) -> str:
+    return f"{_PREFIX}{run}-"
 
 
 async def _check(client: ServerClient, wanted: NamedVersion) -> None:

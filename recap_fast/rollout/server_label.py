@@ -35,7 +35,12 @@ def is_of_another(text: str, run: str) -> bool:
 def check(text: str, run: str, url: str) -> None:
     """Raises `OtherRunError` for a label of another run, on the server at `url`."""
     if is_of_another(text, run):
-        raise OtherRunError(
-            f"the server at {url} has weights of another run ({text!r}, and this run is {run!r}): "
-            f"a server serves one run at a time; let the other one end, or start another server"
-        )
+        raise taken(text, run, url)
+
+
+def taken(text: str, run: str, url: str) -> OtherRunError:
+    """That the server at `url` has what `text` names, and not this run's."""
+    return OtherRunError(
+        f"the server at {url} has weights of another run ({text!r}, and this run is {run!r}): "
+        f"a server serves one run at a time; let the other one end, or start another server"
+    )

@@ -276,6 +276,7 @@ class ServerPool:
             try:
                 await self._adapters.give(member.client)
             except (ServerTrouble, EngineError) as error:
+                self._note(error)
                 self._take_out(member, str(error))
             else:
                 await self._set(member, "up")

@@ -19,6 +19,7 @@ from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_adapters import NamedAdapters
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_command import adapter_options, server_environment
+from recap_fast.rollout.server_label import OtherRunError
 from recap_fast.rollout.server_member import Member
 from recap_fast.rollout.server_pool import ServerPool
 from tests.rollout.conftest import random_llama
@@ -65,8 +66,8 @@ def redraw(model: Any, seed: int) -> None:
 class Run:
     """A pool that gives adapters, as a trainer would use it."""
 
-    def __init__(self, servers: list[FakeServer], model: Any) -> None:
-        self.adapters = NamedAdapters(torch.float32, slots=2)
+    def __init__(self, servers: list[FakeServer], model: Any, run: str = "aaaaaaaa") -> None:
+        self.adapters = NamedAdapters(torch.float32, slots=2, run=run)
         self.adapters.note_base(base_weights(model))
         self.model = model
         self.pool = self.make_pool(servers, self.adapters)
@@ -229,6 +230,26 @@ def test_names_of_a_dead_run_are_unloaded_and_none_comes_again(
     assert len(set(names)) == 4
 
 
+def test_a_run_whose_server_was_taken_ends_and_takes_nothing_back(
+    servers: list[FakeServer], model: Any
+) -> None:
+    async def body(first: Run) -> None:
+        await first.give(1)
+        second = Run(servers[:1], model, "bbbbbbbb")
+        try:
+            await second.start()
+            names = {await second.give(1)}
+            with pytest.raises(OtherRunError, match=r"policy-bbbbbbbb-1.* one run at a time"):
+                await first.give(2)
+            assert set(servers[0].adapters) == names
+            await second.give(2)
+        finally:
+            await second.pool.close()
+            second.adapters.close()
+
+    run(servers[:1], model, body)
+
+
 def test_those_who_only_sample_wait_for_the_newest_name(
     servers: list[FakeServer], model: Any
 ) -> None:
@@ -252,7 +273,7 @@ def test_those_who_only_sample_wait_for_the_newest_name(
 
 
 def test_a_version_is_a_folder_of_peft_s_that_nobody_else_reads(model: Any) -> None:
-    adapters = NamedAdapters(torch.bfloat16, slots=2)
+    adapters = NamedAdapters(torch.bfloat16, slots=2, run="aaaaaaaa")
     redraw(model, 1)
     found = [adapters.write(model, version) for version in range(5)]
     root = found[0].folder.parent
