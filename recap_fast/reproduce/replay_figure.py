@@ -28,6 +28,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "Rivals": ("gdpo", "dwa", "saw"),
 }
 _ROWS = ("grounding", "ocr", "reasoning")
+_SHORT = ("recap", "recap-balanced", "together")
+"""Of the figure with one panel."""
 _PANEL = (3.9, 3.0)  # inches
 _DODGE = 0.035  # of a method's points in log(share), so that intervals do not cover one another
 
@@ -56,7 +58,23 @@ def draw_replay(outcomes: Outcomes, folder: Path) -> list[Plot]:
         path = folder / "replay.png"
         figure.savefig(path)
     caption = "Held-out abilities by the share of rows that are replayed: means, 95 % intervals."
-    return [Plot("replay", caption, path)]
+    return [Plot("replay", caption, path), _draw_grounding(outcomes, folder)]
+
+
+def _draw_grounding(outcomes: Outcomes, folder: Path) -> Plot:
+    """What most will look at: grounding alone, by a few methods."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        _draw_panel(axes, outcomes, "grounding", _SHORT)
+        axes.set_title("What is left of grounding after reinforcement on another task")
+        axes.set_ylabel(ABILITIES["grounding"].label)
+        axes.set_xlabel("rows replayed")
+        axes.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
+        path = folder / "replay-grounding.png"
+        figure.savefig(path)
+    caption = "Held-out grounding by the share of rows that are replayed: means, 95 % intervals."
+    return Plot("replay-grounding", caption, path)
 
 
 def _draw_panel(axes: Axes, outcomes: Outcomes, ability: str, methods: tuple[str, ...]) -> None:
@@ -73,6 +91,8 @@ def _draw_panel(axes: Axes, outcomes: Outcomes, ability: str, methods: tuple[str
     for place, (method, colour) in enumerate(zip(methods, COLOURS, strict=False)):
         _draw_line(axes, outcomes, ability, method, colour, place - 0.5)
     shares = sorted({share for _, share, _ in outcomes.runs if share})
+    if axes.get_ylim()[0] < 0:  # of a score, by the interval of few seeds
+        axes.set_ylim(bottom=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(shares))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -387,6 +387,7 @@ def test_results_are_written_when_a_run_fails(tmp_path, recorded, monkeypatch) -
 def test_the_figure_has_every_method_once(tmp_path: Path) -> None:
     drawn = [method for methods in _COLUMNS.values() for method in methods]
     assert sorted([*drawn, NO_REPLAY, "uniform"]) == sorted(METHODS)
-    (plot,) = draw_replay(full_outcomes({"uniform": 0.2, "together": 0.05}), tmp_path)
-    assert plot.path.stat().st_size > 50_000
+    whole, short = draw_replay(full_outcomes({"uniform": 0.2, "together": 0.05}), tmp_path)
+    assert whole.path.stat().st_size > 50_000
+    assert short.path.stat().st_size > 20_000
     assert draw_replay(Outcomes({(NO_REPLAY, 0, 0): outcome()}, FULL), tmp_path) == []
