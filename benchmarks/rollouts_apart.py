@@ -17,9 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,12 +36,26 @@ from recap_fast.simulate.trace import fit_costs, read_trace
 
 MODES = {"in turns": 0, "one step off": 1}
 """`rollout.async.depth` of each."""
+_START = 300.0
+"""Seconds that the server may take to start."""
 
 
 def on_cores(cores: list[int], *words: str) -> list[str]:
     """A command line of ours that runs on these cores alone."""
     listed = ",".join(map(str, cores))
     return ["taskset", "--cpu-list", listed, sys.executable, "-m", "recap_fast", *words]
+
+
+def wait_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """A run waits for half a minute where nobody listens, and a server with one core starts in
+    more."""
+    until = time.monotonic() + _START
+    while time.monotonic() < until and server.poll() is None:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"{url} was not ready within {_START:g} s: {log.read_text()[-2000:]}")
 
 
 def train(url: str, cores: list[int], run: Path, depth: int, steps: int) -> None:
@@ -97,14 +114,16 @@ def main() -> int:
     command += ["--set", "rollout.engine=vllm_server"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with (folder / "server.log").open("wb") as log:
+        url, said = f"http://127.0.0.1:{port}", folder / "server.log"
+        with said.open("wb") as log:
             server = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         try:
+            with console.status("starting the server"):
+                wait_ready(url, server, said)
             for mode, depth in MODES.items():
                 with console.status(f"{options.steps} steps {mode}"):
-                    url = f"http://127.0.0.1:{port}"
                     train(url, ours, folder / mode, depth, options.steps)
         finally:
             server.send_signal(signal.SIGINT)
