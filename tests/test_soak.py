@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recap_fast.config import load_config
@@ -77,6 +79,36 @@ def test_what_is_lost_is_seen(
     else:
         assert len(problems) == 1
         assert re.search(said, problems[0])
+
+
+def test_a_keeper_answers_for_servers_that_are_gone(tmp_path: Path) -> None:
+    program = tmp_path / soak.KEEPER
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "sys.stdin.readline(); child.kill(); child.wait(); print('gone', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    keeper = subprocess.Popen(
+        [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert keeper.stdin is not None
+    assert keeper.stdout is not None
+    under: dict[int, set[int]] = {}
+    try:
+        processes = [psutil.Process(keeper.pid), psutil.Process()]
+        until = time.monotonic() + 30
+        while not under.get(keeper.pid) and time.monotonic() < until:
+            soak.note_servers(processes, under)
+        (server,) = under[keeper.pid]
+        keeper.stdin.write("\n")
+        keeper.stdin.flush()
+        assert keeper.stdout.readline() == "gone\n"
+        soak.note_servers(processes, under)
+        assert under == {keeper.pid: {server}}
+    finally:
+        keeper.kill()
+        keeper.wait()
 
 
 def test_what_is_left_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

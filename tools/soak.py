@@ -6,7 +6,8 @@ a worker), or one that computes rewards. A trainer that is gone is started again
 --resume. In the end every step must have trained on its own prompts, each with all its rollouts,
 and no process and no shared memory may be left, but the file of 1 KiB that Intel's OpenMP makes for
 each process, where nobody was left to remove it: of trainers that were killed themselves, and of
-servers that were starting when the keeper over them was killed. These are counted apart.
+servers whose keeper was killed, before them or while it cleaned up after them. These are counted
+apart.
 
     python -m tools.soak --steps 200 --kills 50 --out benchmarks/results/cpu-2core/soak.json
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -189,16 +190,20 @@ def of_nobody(before: set[str], alone: Set[int]) -> set[str]:
     return {name for name in left_in_shared_memory(before, alone) if owner(name) in alone}
 
 
-def left_alone(chosen: psutil.Process, kind: str) -> set[int]:
-    """Whom a kill leaves without somebody that cleans up after them."""
-    if kind == "trainer":
-        return {chosen.pid}
+def is_keeper(process: psutil.Process) -> bool:
     try:
-        if KEEPER in " ".join(chosen.cmdline()):
-            return {one.pid for one in chosen.children(recursive=True)}
+        return KEEPER in " ".join(process.cmdline())
     except psutil.Error:
-        pass
-    return set()
+        return False
+
+
+def note_servers(found: Sequence[psutil.Process], under: dict[int, set[int]]) -> None:
+    """Adds to each keeper's processes those that it has now: it cleans up after all, a while after
+    they are gone, and where it is killed meanwhile nobody does."""
+    for keeper in filter(is_keeper, found):
+        with suppress(psutil.Error):
+            below = {one.pid for one in keeper.children(recursive=True)}
+            under.setdefault(keeper.pid, set()).update(below)
 
 
 def check(
@@ -249,6 +254,7 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
     marks = sorted(dice.uniform(0, steps - 1) for _ in range(kills))
     before = in_shared_memory()
     alone: set[int] = set()
+    under: dict[int, set[int]] = {}
     done: Counter[str] = Counter()
     seen: dict[int, str] = {}
     starts, begun = 1, time.monotonic()
@@ -276,6 +282,7 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
                 found = victims(psutil.Process(process.pid))
             except psutil.NoSuchProcess:
                 continue
+            note_servers(found["server"], under)
             for one in (one for group in found.values() for one in group):
                 with suppress(psutil.Error):
                     seen[one.pid] = " ".join(one.cmdline())[:200]
@@ -284,12 +291,12 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
                 if found[kind]:
                     time.sleep(dice.uniform(0, 1.0))
                     chosen = dice.choice(found[kind])
-                    left = left_alone(chosen, kind)
+                    note_servers(found["server"], under)
                     try:
                         os.kill(chosen.pid, signal.SIGKILL)
                     except ProcessLookupError:
                         continue
-                    alone |= left
+                    alone |= {chosen.pid} if kind == "trainer" else under.get(chosen.pid, set())
                     marks.pop(0)
                     done[kind] += 1
     problems = check(config, seen, before, alone)
