@@ -207,19 +207,24 @@ def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
     before, reissued = processes(engine), engine._pool.reissued
     segments = shared_memory(before)
     assert segments
-    futures = in_flight(engine, prompts, 12)
+    futures = in_flight(engine, prompts, 60)
     place = {"keeper": 0, "server": 1}.get(victim)
     if place is None:
         place = next(i for i, p in enumerate(before) if "EngineCor" in p.name())
     os.kill(before[place].pid, signal.SIGKILL)
     rollouts = [r for future in futures for r in future.result(timeout=300)]
-    assert len(rollouts) == 12 * 4
+    assert len(rollouts) == 60 * 4
     assert {version for r in rollouts for version in r.versions} == {3}
-    assert mean_mismatch(model, rollouts[:8], 1.0) < 1e-5, "it came back with the weights"
-    assert engine._pool.reissued > reissued
+    assert mean_mismatch(model, rollouts[-8:], 1.0) < 1e-5
+    # A server whose keeper is gone is asked to end, and may have answered everything by then.
+    assert victim == "keeper" or engine._pool.reissued > reissued
     gone, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
     assert not [segment for segment in segments if segment.exists()]
+    again = engine.generate(prompts, SPEC)
+    assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
+    assert {version for r in again for version in r.versions} == {3}
+    assert mean_mismatch(model, again, 1.0) < 1e-5, "it came back with the weights"
 
 
 def shared_memory(processes: list[psutil.Process]) -> set[Path]:
