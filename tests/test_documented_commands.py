@@ -109,6 +109,7 @@ NOT_RUN = {
     "python -m tools.soak --steps 40 --kills 8": "takes minutes; tests/test_soak.py runs fewer",
     "python -m benchmarks.gradient_strength --steps 13 --every 3": "takes minutes of make train",
     "python -m benchmarks.rollout_modes": "takes minutes; its runs are those of `make train`",
+    "python -m benchmarks.rollouts_apart --steps 10": "takes minutes, and both cores to itself",
     "python -m benchmarks.weight_changes": "tests/bench/test_weight_changes.py runs its steps",
     "python -m benchmarks.checkpointing": "tests/bench/test_checkpointing.py runs it",
     "bash benchmarks/on_gpu.sh --rehearse": "takes minutes; tests/test_on_gpu.py runs it",

@@ -201,7 +201,7 @@ def collect(
         output: folder of CALLS_FILE.
         earlier: runs that were finished elsewhere.
     """
-    calls = read_calls(output)
+    calls = _read_calls(output)
     scores = {name: base[score.key] for name, score in ABILITIES.items()}
     runs = {
         cell.place: _outcome(cell, calls, scores)
@@ -238,7 +238,7 @@ def _last(history: RunHistory, score: Score) -> float:
     return float(history.series(score.key)[1][-1])
 
 
-def read_calls(output: Path) -> list[dict[str, Any]]:
+def _read_calls(output: Path) -> list[dict[str, Any]]:
     path = output / CALLS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -320,7 +320,7 @@ def write_results(
     content = {
         "settings": _settings_content(settings),
         "machines": [*before["machines"], *_machines(cells)],
-        "calls": [*before["calls"], *read_calls(output)],
+        "calls": [*before["calls"], *_read_calls(output)],
         "methods": {name: asdict(METHODS[name]) for name in outcomes.methods},
         "runs": [
             {"method": method, "share": share, "seed": seed, **asdict(outcome)}

@@ -11,7 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recap_fast.config import RolloutConfig
+from recap_fast.rollout import server_pool
 from recap_fast.types import Prompt
+from tests.rollout.fake_server import FakeServer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = ["1+1=", "spell cat backwards", "a", "what is 12 + 30?"]
@@ -53,6 +55,21 @@ def prompts(tokenizer: Any) -> list[Prompt]:
         Prompt("test", row, tokenizer(text)["input_ids"], text, "", {})
         for row, text in enumerate(TEXTS)
     ]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool leaves a server after about two seconds of silence."""
+    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
+    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    found = [FakeServer(), FakeServer()]
+    yield found
+    for server in found:
+        server.die()
 
 
 def start_vllm(model: LlamaForCausalLM, folder: Path) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from recap_fast.rollout import server_pool
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_pool import Member
@@ -17,15 +16,10 @@ from tests.rollout.fake_server import FakeServer
 from tests.rollout.pausing_proxy import PausingProxy
 from tests.rollout.test_server_pool import Run, request, until
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 GENERATE = "/inference/v1/generate"
 REQUESTS = 8
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server is left after about two seconds of silence."""
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
 
 
 @pytest.fixture

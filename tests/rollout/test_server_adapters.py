@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from recap_fast.config import LoraConfig, RolloutConfig
 from recap_fast.model.lora import add_adapters, base_weights, merged_weights, saved_adapters
-from recap_fast.rollout import server_pool
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_adapters import NamedAdapters
 from recap_fast.rollout.server_client import ServerClient
@@ -26,13 +25,9 @@ from tests.rollout.conftest import random_llama
 from tests.rollout.fake_server import FakeServer
 from tests.rollout.test_server_pool import request, until
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 LAYER = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
 
 
 @pytest.fixture

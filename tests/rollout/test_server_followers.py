@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from recap_fast.rollout import server_pool
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_pool import Member, ServerPool
@@ -19,24 +18,11 @@ from tests.rollout.fake_server import FakeServer
 from tests.rollout.pausing_proxy import PausingProxy
 from tests.rollout.test_server_pool import Run, request, until
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 CONTROL = (
     "pause", "resume", "join", "start_update", "receive", "finish_update", "drop_image_caches",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
-
-
-@pytest.fixture
-def servers() -> Iterator[list[FakeServer]]:
-    found = [FakeServer(), FakeServer()]
-    yield found
-    for server in found:
-        if not server.dead:
-            server.die()
 
 
 class Pair:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from recap_fast.rollout import server_pool
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_member import Member
@@ -24,19 +23,7 @@ from recap_fast.rollout.transfer import MemoryTransfer
 from recap_fast.types import Prompt
 from tests.rollout.fake_server import FakeServer
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
-
-
-@pytest.fixture
-def servers() -> Iterator[list[FakeServer]]:
-    found = [FakeServer(), FakeServer()]
-    yield found
-    for server in found:
-        server.die()
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def request(row: int = 0, n: int = 2, max_new_tokens: int = 8) -> Request:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recap_fast.config import RolloutConfig
-from recap_fast.rollout import server_member, server_pool
+from recap_fast.rollout import server_member
 from recap_fast.rollout.protocol import EngineError, SamplingStoppedError
 from recap_fast.rollout.server import ServerEngine
 from recap_fast.rollout.server_client import ServerClient
@@ -26,13 +26,9 @@ from tests.rollout.fake_server import FakeServer
 from tests.rollout.test_server_pool import Run, request, until
 from tests.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 WEIGHTS = {"a": torch.ones(2, 3), "b": torch.ones(4)}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
 
 
 @pytest.fixture

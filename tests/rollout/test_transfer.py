@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recap_fast.config import ServerConfig
-from recap_fast.rollout import server_pool, transfer
+from recap_fast.rollout import transfer
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_member import Member
@@ -24,13 +24,9 @@ from tests.rollout.fake_server import FakeServer
 from tests.rollout.gloo_group import join, new_unique_id
 from tests.rollout.test_server_pool import until
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)
-    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 1.0)
 
 
 @pytest.fixture
