@@ -105,6 +105,11 @@ METHODS: dict[str, ReplayMethod] = {
         },
         is_ablation=True,
     ),
+    "unclipped": ReplayMethod(
+        "Uniform, not clipped",
+        {"reweighting": _UNIFORM, "optimizer": {"max_grad_norm": 1e6}},
+        is_ablation=True,
+    ),
     "gdpo": ReplayMethod("GDPO", {"reweighting": _UNIFORM | {"advantages": "gdpo"}}),
     "dwa": ReplayMethod("DWA", {"reweighting": {"method": "dwa"}}),
     "saw": ReplayMethod("SAW", {"reweighting": {"method": "saw"}}),

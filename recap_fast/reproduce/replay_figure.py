@@ -24,7 +24,7 @@ from recap_fast.reproduce.results import ABILITIES
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "Weights": ("recap", "recap-balanced", "recap-retention"),
     "Rows": ("adaptive", "review", "together"),
-    "Balance without RECAP": ("balanced", "balanced-iou-3"),
+    "Taken apart": ("balanced", "balanced-iou-3", "unclipped"),
     "Rivals": ("gdpo", "dwa", "saw"),
 }
 _ROWS = ("grounding", "ocr", "reasoning")
