@@ -207,7 +207,8 @@ class AsynchronousRollouts:
     The prompts of step s + depth are sent off when the engine has the weights of step s; earlier
     steps have priority there. A step trains on as many groups as it has drawn: on those that were
     drawn longest ago where `max_staleness` is `depth`, and else on those that are complete first,
-    with the ones that would become too stale among them. No token is then older than
+    with the ones that would become too stale among them; where these alone are more than it has
+    drawn, the steps after it have fewer. No token is then older than
     `max_staleness` optimizer steps when it is trained on, and no rollout is thrown away, which
     would leave out the long ones.
 
@@ -324,8 +325,7 @@ class AsynchronousRollouts:
         mine = {key: self._rows.pending[key] for key in sorted(self._flights)}
         is_last = step == self._config.training.steps - 1
         must = {key for key, one in mine.items() if is_last or one.step + self._delay <= step}
-        first = self._rows.prompts(step)
-        count = max(len(must), sum(map(self._is_mine, range(len(first)))))
+        count = min(len(mine), max(len(must), self._due(step, len(mine))))
         while not stop:
             complete = [key for key in mine if self._flights[key].scored.done()]
             for key in complete:
@@ -345,6 +345,17 @@ class AsynchronousRollouts:
         others = [key for key in kept if key not in must]
         chosen = sorted([*must.intersection(kept), *others[: count - len(must)]])
         return _Ready(chosen, dropped, is_enough=len(chosen) == count)
+
+    def _due(self, step: int, pending: int) -> int:
+        """How many groups of this process the step trains on, if it need not take more: what was
+        drawn for the steps up to this one, less what was trained on. Steps that had to take more
+        than they have drawn so leave fewer to those after them, but one, where they have any."""
+        later = sum(self._own(one) for one in range(step + 1, self._rows.next_step))
+        return max(pending - later, min(1, self._own(step)))
+
+    def _own(self, step: int) -> int:
+        """Groups that the step has drawn for this process."""
+        return sum(map(self._is_mine, range(len(self._rows.prompts(step)))))
 
     def _scored(self, key: Key) -> ScoredRollouts:
         return self._flights[key].scored.result()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from recap_fast.training import rollout_source
 from recap_fast.training.rollout_source import StepBatch, sampling_of
 from recap_fast.types import StepFeedback, UserError
 from tests.training.ahead import STEPS, Engine, Told, make_config, rows, tokens, train
@@ -88,6 +90,35 @@ def test_a_step_does_not_wait_for_long_rollouts_where_they_may_be_older(make_sou
     assert {len(rows(b)) for b in batches} == {
         len(rows(b)) for b in train(*make_source(0), 0, STEPS)
     }
+
+
+def newest_first(source: Any, engine: Engine, waiting: Any, **_: Any) -> None:
+    assert waiting, "the step waits for what nobody has asked for"
+    engine.complete(start=len(engine.open) - 1)
+    source._scoring.submit(lambda: None).result()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("size", [1, 2])
+def test_steps_that_must_take_more_leave_fewer_to_those_after_them(
+    size: int, depth: int, make_source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps' own numbers of groups differ, and those that were asked for last end first."""
+    late = f"rollout.async.max_staleness={depth + 1}"
+    uneven = "data.batch_size=7"
+    drawn = [len(rows(b)) for b in train(*make_source(0, uneven), 0, STEPS)]
+    assert len(set(drawn)) > 1
+    trained = 0
+    for rank in range(size):
+        world = Told(rank, size, torch.device("cpu"), None)
+        engine = Engine(holds=True)
+        source, _ = make_source(depth, late, uneven, engine=engine, world=world)
+        monkeypatch.setattr(rollout_source, "wait", partial(newest_first, source, engine))
+        for step, batch in enumerate(train(source, engine, 0, STEPS)):
+            trained += len(rows(batch))
+            ages = {step - v for r in batch.drawn.scored.rollouts for v in r.versions}
+            assert max(ages, default=0) <= depth + 1
+    assert trained == sum(drawn)
 
 
 def test_groups_are_numbered_in_their_order(make_source: Any) -> None:
