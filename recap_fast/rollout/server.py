@@ -362,11 +362,11 @@ class ServerEngine:
             self._run(self._follow(policy_version, name))
 
     def _sync_whole(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        self._agreed(lambda: self._pool.hold())
         if self._transfer is None:
             for _ in named_tensors:  # every process takes part in gathering them
                 pass
         else:
-            self._run(self._pool.hold())
             try:
                 expected = ExpectedWeights(self._weight_shapes)
                 weights = self._transfer.write(expected.watch(named_tensors), policy_version)

@@ -237,8 +237,12 @@ class ServerClient:
             "POST", "/init_weight_transfer_engine", what, body=body, timeout=self._timeout
         )
 
+    async def end_update(self) -> None:
+        """See `WeightProbe.recap_fast_end_update`."""
+        await self._call("recap_fast_end_update", [], "ending what another update has left")
+
     async def start_update(self, version: int) -> None:
-        """Before `receive`. It must be paused."""
+        """Before `receive`. It must be paused, and within no other update."""
         await self._update("start_weight_update", None, version)
 
     async def receive(self, update_info: Mapping[str, Any], version: int) -> None:

@@ -35,8 +35,9 @@ class Member:
     Attributes:
         start: how to start it; None for one that somebody else has started.
         is_attached: whether it is no server of the run's.
-        is_given: whether the run has begun to give it weights.
+        is_given: whether the run has given it weights.
         state: "out": being brought back; "lost": given up.
+        trouble: why it was given up.
         tokens: that requests under way there may cost.
     """
 
@@ -46,6 +47,7 @@ class Member:
     is_attached: bool = False
     is_given: bool = False
     state: Literal["starting", "up", "out", "lost"] = "starting"
+    trouble: str = ""
     tokens: int = 0
     under_way: set[asyncio.Task[list[Completion]]] = field(default_factory=set)
     last_sign: float = 0.0

@@ -146,9 +146,9 @@ class ServerPool:
                 self._busy += time.monotonic() - self._busy_since
 
     async def _sample(self, request: Request) -> list[Completion]:
-        trouble = "no server is left"
+        trouble = ""
         for attempt in range(_ATTEMPTS):
-            member = await self._choose(trouble)
+            member = await self._choose()
             version = self._version
             if version is None:
                 raise EngineError("the servers were asked for completions before they got weights")
@@ -188,8 +188,12 @@ class ServerPool:
             return completions
         raise EngineError(f"{trouble}; asked {_ATTEMPTS} times")
 
-    async def _choose(self, trouble: str) -> Member:
-        """The server with the least under way, once there is one."""
+    async def _choose(self) -> Member:
+        """The server with the least under way, once there is one.
+
+        Raises:
+            EngineError: all are given up, with the reasons, or another run has taken one.
+        """
         async with self._changed:
             while True:
                 if self._taken is not None:
@@ -198,7 +202,8 @@ class ServerPool:
                 if ready:
                     return min(ready, key=lambda member: member.tokens)
                 if all(member.state == "lost" for member in self.members):
-                    raise EngineError(f"no server is left: {trouble}")
+                    why = "; ".join(member.trouble for member in self.members)
+                    raise EngineError(f"no server is left: {why}")
                 await self._changed.wait()
 
     # Weights
@@ -249,7 +254,7 @@ class ServerPool:
         assert self._transfer is not None
         together = [members] if self._transfer.is_joint else [[member] for member in members]
         await in_full(self._update_members(some) for some in together if some)
-        await self._choose("none has taken the weights over")
+        await self._choose()
         self._version = weights.version
 
     def withhold(self) -> None:
@@ -264,7 +269,7 @@ class ServerPool:
         assert newest is not None
         members = [member for member in self.members if member.state in ("starting", "up")]
         await in_full(self._give_adapters(member) for member in members)
-        await self._choose("none has loaded the adapters")
+        await self._choose()
         self._version, self._adapter = newest.version, newest.name
         return newest.name
 
@@ -279,7 +284,7 @@ class ServerPool:
                 self._note(error)
                 self._take_out(member, str(error))
             else:
-                await self._set(member, "up")
+                await self._has_newest(member)
 
     async def _update_members(self, members: Sequence[Member]) -> None:
         async with AsyncExitStack() as stack:
@@ -291,7 +296,11 @@ class ServerPool:
                 self._note(failed[member])
                 self._take_out(member, str(failed[member]))
             else:
-                await self._set(member, "up")
+                await self._has_newest(member)
+
+    async def _has_newest(self, member: Member) -> None:
+        if member.state != "out":  # taken out meanwhile for what a request met: it is restarted
+            await self._set(member, "up")
 
     async def _install(self, members: Sequence[Member]) -> tuple[int, Mapping[Member, Exception]]:
         """Gives servers the newest weights, sees what they have then, and returns the version and
@@ -305,7 +314,7 @@ class ServerPool:
             failed |= {by_client[client]: error for client, error in lost.items()}
             failed |= await each(
                 [member for member in members if member not in failed],
-                lambda member: member.client.finish_update(weights.version),
+                lambda member: self._finish(member, weights.version),
             )
         failed |= await each(
             [member for member in members if member not in failed],
@@ -320,9 +329,14 @@ class ServerPool:
     async def _ready(self, member: Member, version: int) -> None:
         if member.is_given:  # whatever a run that has ended has left is taken over, but once
             await member.client.own_version()
-        member.is_given = True
         await member.client.pause(recompute=self._forgets(member))
+        if member.state != "up":  # or its last update has ended
+            await member.client.end_update()
         await member.client.start_update(version)
+
+    async def _finish(self, member: Member, version: int) -> None:
+        await member.client.finish_update(version)
+        member.is_given = True
 
     def _forgets(self, member: Member) -> bool:
         """Whether what a server has computed from its old weights is of no use."""
@@ -339,7 +353,7 @@ class ServerPool:
                 f"{member} says that it has weights {text!r} after those of {weights.version}"
             )
         found = await client.digests(weights.shapes, DIGEST_COLUMNS)
-        wrong = sorted(name for name, value in found.items() if value != weights.digests[name])
+        wrong = sorted(name for name, value in found.items() if value != weights.digests.get(name))
         if wrong or not found:
             what = ", ".join(wrong[:5]) if wrong else "all, for none can be read back"
             raise ServerTrouble(
@@ -376,12 +390,15 @@ class ServerPool:
             try:
                 async with member.lock:
                     await self._bring_back(member)
-            except (ServerTrouble, EngineError) as error:
-                why = str(error)
+            except Exception as error:
+                is_known = isinstance(error, ServerTrouble | EngineError)
+                why = str(error) if is_known else f"{type(error).__name__}: {error}"
                 self._note(error)
                 if not ours:
                     break
-                logger.warning("%s could not be brought back: %s", member, why)
+                logger.warning(
+                    "%s could not be brought back: %s", member, why, exc_info=not is_known
+                )
                 member.failures += 1
             else:
                 member.silent = 0
@@ -389,6 +406,7 @@ class ServerPool:
                 await self._set(member, "up")
                 return
         logger.error("%s is given up: %s", member, why)
+        member.trouble = why
         await self._set(member, "lost")
 
     async def _bring_back(self, member: Member) -> None:
@@ -456,7 +474,10 @@ class ServerPool:
     async def _watch_over(self) -> None:
         while True:
             await asyncio.sleep(_WATCHED_EVERY)
-            await in_full(self._look_at(member) for member in self.members)
+            try:
+                await in_full(self._look_at(member) for member in self.members)
+            except Exception:
+                logger.exception("looking after the servers failed; it goes on")
 
     async def _look_at(self, member: Member) -> None:
         if self._taken is not None:

@@ -57,6 +57,16 @@ class WeightProbe:
     """Methods that vLLM adds to its workers, for `/collective_rpc` to call: with strings."""
 
     model_runner: Any
+    weight_transfer_engine: Any
+    _weight_update_active: bool
+
+    def recap_fast_end_update(self) -> dict[str, str]:
+        """Ends an update of weights that was started and not finished: whoever did so is gone, and
+        vLLM starts no other while one is open. Does what vLLM does where one fails."""
+        if self._weight_update_active:
+            self._weight_update_active = False
+            self.weight_transfer_engine.reset_weight_update_target()
+        return {}
 
     def recap_fast_model(self) -> dict[str, str]:
         """`model_sizes`, and under "backend" how it takes weights, if it does."""

@@ -57,6 +57,7 @@ class FakeServer:
         self.busy = 0
         self.adapters: dict[str, dict[str, str]] = {}
         self.paused = False
+        self.updating = False
         self.delay = 0.0
         self.dead = False
         self.key: str | None = None
@@ -120,10 +121,15 @@ class FakeServer:
             return self.failing[route], {"error": {"message": "told to fail"}}
         if route == "/inference/v1/generate":
             return self._generate(body)
-        if route == "/update_weights":
+        if route == "/start_weight_update":
+            if self.updating:
+                return 500, {"error": {"message": "a weight update is already active"}}
+            self.updating = True
+        elif route == "/update_weights":
             try:
                 received = {name: tensor.clone() for name, tensor in self._receive(body)}
             except RuntimeError as error:
+                self.updating = False
                 return 500, {"error": {"message": str(error)}}
             self.held |= {n: t for n, t in received.items() if n not in self.loses}
         elif route == "/init_weight_transfer_engine":
@@ -135,6 +141,7 @@ class FakeServer:
             return 200, {"world_size": 1}
         elif route == "/finish_weight_update":
             self.version = body["weight_version"]
+            self.updating = False
         elif route == "/pause":
             self.paused = True
         elif route == "/resume":
@@ -152,6 +159,9 @@ class FakeServer:
             numbered = enumerate(self.adapters.values(), 1)
             return 200, {"results": [{str(number): layers for number, layers in numbered}]}
         elif route == "/collective_rpc":
+            if body["method"] == "recap_fast_end_update":
+                self.updating = False
+                return 200, {"results": [{}]}
             if body["method"] == "recap_fast_model":
                 return 200, {"results": [self.model]}
             columns = {n: sample_columns(t, DIGEST_COLUMNS) for n, t in self.held.items()}

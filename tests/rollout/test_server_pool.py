@@ -109,7 +109,8 @@ def test_an_update_is_paused_loaded_checked_and_resumed(servers: list[FakeServer
         "/pause", "/start_weight_update", "/update_weights", "/finish_weight_update",
         "/weight_info", "/collective_rpc", "/resume",
     ]  # fmt: skip
-    assert servers[0].routes() == ["/version", *one, "/weight_info", *one]
+    first = [one[0], "/collective_rpc", *one[1:]]  # ends what a run before may have left open
+    assert servers[0].routes() == ["/version", *first, "/weight_info", *one]
     pauses = [parameters for route, parameters, _ in servers[0].asked if route == "/pause"]
     # Nothing is worth keeping of the weights that the server started with.
     assert pauses == [

@@ -157,6 +157,23 @@ def test_a_run_that_is_to_stop_waits_for_no_server(server: FakeServer) -> None:
         engine.close()
 
 
+def test_a_run_that_is_to_stop_waits_for_no_server_that_reads_its_weights(
+    server: FakeServer,
+) -> None:
+    """One that has come back, and hangs as it takes them over."""
+    stop: list[int] = []
+    engine = engine_at(server.url)
+    try:
+        engine.heed(stop)
+        engine.sync_weights(WEIGHTS.items(), 1)
+        engine._pool._readers += 1
+        threading.Timer(1.0, stop.append, [15]).start()
+        with pytest.raises(SamplingStoppedError, match="did not get the last weights"):
+            engine.sync_weights(WEIGHTS.items(), 2)
+    finally:
+        engine.close()
+
+
 def test_an_address_where_nobody_listens_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
