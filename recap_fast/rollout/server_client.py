@@ -24,6 +24,8 @@ from recap_fast.rollout.server_request import Completion, Request, read_completi
 BACKEND_HINT = "start it with `recap-fast serve CONFIG`"
 _PROMPT_WAIT = 30.0
 """Seconds for what a server answers at once."""
+_SAMPLED = "vllm:generation_tokens_total"
+"""vLLM's count of sampled tokens, a line for each engine and model."""
 _Some = TypeVar("_Some")
 
 
@@ -113,12 +115,19 @@ class ServerClient:
             raise EngineError(said)
         raise ServerTrouble(said)
 
-    async def is_healthy(self, timeout: float) -> bool:
+    async def health(self, timeout: float) -> int | None:
+        """The HTTP status of its answer; None without one. The key is not sent: that route needs
+        none, and who listens there may not be known yet."""
+        question = self._http.build_request("GET", "/health", timeout=timeout)
+        question.headers.pop("Authorization", None)
         try:
-            await self._ask("GET", "/health", "asking for its health", timeout=timeout)
-        except (ServerTrouble, EngineError):
-            return False
-        return True
+            answer = await self._http.send(question)
+        except httpx.HTTPError:
+            return None
+        return answer.status_code
+
+    async def is_healthy(self, timeout: float) -> bool:
+        return await self.health(timeout) == httpx.codes.OK
 
     async def is_listening(self) -> bool:
         """Whether anybody takes connections there."""
@@ -276,6 +285,18 @@ class ServerClient:
         """How many requests it is sampling for, of whomever."""
         what = "asking how busy it is"
         return int(_field(await self._ask("GET", "/load", what), "server_load", what, self.url))
+
+    async def sampled_tokens(self) -> float | None:
+        """How many it has sampled since its start, for whomever; None where it does not say."""
+        try:
+            text = await self._ask("GET", "/metrics", "asking for its progress", is_text=True)
+        except (ServerTrouble, EngineError):
+            return None
+        lines = [line for line in text.splitlines() if line.startswith(_SAMPLED)]
+        try:
+            return sum(float(line.split()[-1]) for line in lines) if lines else None
+        except ValueError:
+            return None
 
     async def weight_version(self) -> str:
         """The label of its weights."""

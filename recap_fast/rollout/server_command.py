@@ -101,7 +101,7 @@ def server_command(
     if adapter_rank is not None:
         options |= adapter_options(config, adapter_rank)
     flags = [
-        "enable-scale-out", "skip-tokenizer-init", "disable-log-stats",
+        "enable-scale-out", "skip-tokenizer-init",
         "enable-server-load-tracking",
     ]  # fmt: skip
     if adapter_rank is not None:

@@ -38,6 +38,7 @@ class Member:
         is_given: whether the run has given it weights.
         state: "out": being brought back; "lost": given up.
         trouble: why it was given up.
+        sampled: tokens that it had sampled when it was last asked, once requests take long.
         tokens: that requests under way there may cost.
     """
 
@@ -48,6 +49,7 @@ class Member:
     is_given: bool = False
     state: Literal["starting", "up", "out", "lost"] = "starting"
     trouble: str = ""
+    sampled: float | None = None
     tokens: int = 0
     under_way: set[asyncio.Task[list[Completion]]] = field(default_factory=set)
     last_sign: float = 0.0
@@ -68,16 +70,24 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
         health_wait: seconds that it may take to answer once.
 
     Raises:
-        EngineError: it has ended, or did not answer within `seconds`.
+        EngineError: it has ended, did not answer within `seconds`, or is none.
     """
     started = time.monotonic()
     told = -_TOLD_EVERY
-    while not await member.client.is_healthy(health_wait):
+    while True:
         process = member.process
         if process is not None and process.exit_status is not None:
             raise EngineError(
                 f"{member} ended with status {process.exit_status} before it was ready; its "
                 f"log, {process.log}, ends with:\n{process.said()}"
+            )
+        status = await member.client.health(health_wait)
+        if status == 200:
+            return
+        if status is not None and status < 500 and process is None:
+            raise EngineError(
+                f"{member} answers /health with {status}, and vLLM's would with 200: something "
+                f"else listens there; name a server of vLLM's in rollout.server.urls"
             )
         where = "" if process is None else f"; see its log, {process.log}"
         passed = time.monotonic() - started

@@ -48,8 +48,8 @@ class ServerPool:
     members: at least one.
     transfer: how this process gives servers their weights, and starts them again; None for the
         run's other processes, which only sample.
-    timeout: seconds in which a server with requests under way must answer one of them, in which an
-        update must end, and for which a server of somebody else's is waited for.
+    timeout: seconds in which a server with requests under way must answer one of them or sample a
+        token, in which an update must end, and for which a server of somebody else's is waited for.
     start_timeout: seconds in which a server must be ready.
     recompute: whether an update has requests in flight recompute their keys and values.
     has_images: whether servers cache features of images.
@@ -496,9 +496,25 @@ class ServerPool:
         member.silent = 0 if await member.client.is_healthy(_HEALTH_WAIT) else member.silent + 1
         if member.silent >= _SILENT:
             self._take_out(member, "it does not answer")
-        elif member.under_way and time.monotonic() - member.last_sign > self._timeout:
+        elif member.under_way:
+            await self._look_at_progress(member)
+
+    async def _look_at_progress(self, member: Member) -> None:
+        """A server that samples may take longer than `timeout` for its longest requests."""
+        quiet = time.monotonic() - member.last_sign
+        if quiet < self._timeout / 2:
+            member.sampled = None
+            return
+        before, member.sampled = member.sampled, await member.client.sampled_tokens()
+        if before is not None and member.sampled is not None and member.sampled > before:
+            member.last_sign = time.monotonic()
+        elif quiet > self._timeout and member.under_way and member.state == "up":
             count = len(member.under_way)
-            self._take_out(member, f"none of {count} requests was answered for {self._timeout:g} s")
+            self._take_out(
+                member,
+                f"none of {count} requests was answered, and no token sampled, for "
+                f"{self._timeout:g} s",
+            )
 
     async def close(self) -> None:
         self._closing = True

@@ -35,11 +35,14 @@ class FakeServer:
 
     Attributes:
         asked: (route, parameters, body) of every request, in order.
+        keys_at: routes that were asked with a key.
         behaviour: of sampling: "well", "nonsense", "hang", "old" (weights), "error" (a 500).
         failing: routes that answer with the given status.
         held: weights, by name, after an update.
         version: label of its weights.
         model: what its worker says of its model.
+        sampled: how many tokens it says that it has sampled.
+        updating: whether an update of weights is open, beside which vLLM starts no other.
         busy: how many requests it says that it samples for.
         loses: weights, or layers of adapters, that do not arrive.
         adapters: digests of layers, by the adapters' name.
@@ -58,9 +61,11 @@ class FakeServer:
         self.adapters: dict[str, dict[str, str]] = {}
         self.paused = False
         self.updating = False
+        self.sampled = 0
         self.delay = 0.0
         self.dead = False
         self.key: str | None = None
+        self.keys_at: set[str] = set()
         self._group: Any = None
         self.copy = HostCopy()
         self._hanging = threading.Event()
@@ -86,8 +91,11 @@ class FakeServer:
                     return
                 parts = urlsplit(self.path)
                 outer.asked.append((parts.path, parse_qs(parts.query), body))
-                known = self.headers.get("Authorization") == f"Bearer {outer.key}"
-                if outer.key is None or known:
+                given = self.headers.get("Authorization")
+                known = given == f"Bearer {outer.key}"
+                if given is not None:
+                    outer.keys_at.add(parts.path)
+                if outer.key is None or known or parts.path == "/health":
                     status, content = outer._answer(parts.path, body)
                 else:
                     status, content = 401, {"error": "no key"}
@@ -166,6 +174,9 @@ class FakeServer:
                 return 200, {"results": [self.model]}
             columns = {n: sample_columns(t, DIGEST_COLUMNS) for n, t in self.held.items()}
             return 200, {"results": [{n: digest(c) for n, c in columns.items()}]}
+        elif route == "/metrics":
+            labels = '{engine="0",model_name="fake"}'
+            return 200, f"vllm:generation_tokens_total{labels} {self.sampled}.0\n".encode()
         elif route == "/load":
             return 200, {"server_load": self.busy}
         elif route == "/version":

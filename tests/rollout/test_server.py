@@ -73,7 +73,11 @@ def test_completions_are_those_of_the_weights_that_it_was_given(
 ) -> None:
     engine.sync_weights(iter_weights(model, engine.dtype), 4)
     finished: list[int] = []
+    client = engine._pool.members[0].client
+    before = engine._run(client.sampled_tokens())
     rollouts = engine.generate(prompts, SPEC, lambda group: finished.append(group[0].group))
+    sampled = engine._run(client.sampled_tokens()) - before
+    assert sampled == sum(len(r.token_ids) for r in rollouts)
     assert [r.group for r in rollouts] == [g for g in range(len(prompts)) for _ in range(3)]
     assert sorted(finished) == list(range(len(prompts)))
     for r in rollouts:

@@ -180,7 +180,9 @@ def test_a_follower_gives_up_a_server_that_gets_no_weights(
 ) -> None:
     async def body(pair: Pair, _: PausingProxy) -> None:
         pair.follower.follow(2)  # and nobody gives them
-        with pytest.raises(EngineError, match=r"no server is left: .*given none of step 2 within 1 s"):
+        with pytest.raises(
+            EngineError, match=r"no server is left: .*given none of step 2 within 1 s"
+        ):
             await pair.follower.sample(request())
         assert "has weights ':1' and was given none of step 2 within 1 s" in caplog.text
         assert pair.states() == (["up"], ["lost"])

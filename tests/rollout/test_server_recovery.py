@@ -142,6 +142,24 @@ def test_a_weight_that_nobody_knows_is_named(servers: list[FakeServer]) -> None:
     run(servers[:1], body)
 
 
+@pytest.mark.parametrize("samples", [True, False])
+def test_who_samples_is_given_the_time(samples: bool, servers: list[FakeServer]) -> None:
+    """A request that takes longer than `timeout`, as one of very many tokens may."""
+
+    async def body(state: Run) -> None:
+        servers[0].delay = 3.0
+        waiting = asyncio.create_task(state.pool.sample(request()))
+        while not waiting.done():
+            servers[0].sampled += samples
+            await asyncio.sleep(0.05)
+            if state.states() != ["up"]:
+                servers[0].delay = 0.0
+        assert (await waiting)[0].versions == [1, 1, 1]
+        assert state.pool.reissued == (0 if samples else 1)
+
+    run(servers[:1], body, timeout=1.0)
+
+
 def test_looking_after_servers_goes_on_after_an_error(
     servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from recap_fast.rollout import server_member
 from recap_fast.rollout.protocol import EngineError, SamplingStoppedError
 from recap_fast.rollout.server import ServerEngine
 from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_command import KEY_VARIABLE
 from recap_fast.rollout.server_label import OtherRunError
 from recap_fast.rollout.server_member import Member
 from recap_fast.rollout.server_process import free_port
@@ -234,3 +236,23 @@ def test_where_a_starting_server_writes_is_said_at_once_and_again(
     assert first == f"{what}; see its log, {Starting.log}"
     assert "to be ready, for" in second
     assert str(Starting.log) in second
+
+
+def test_what_else_listens_there_is_seen_at_once(server: FakeServer) -> None:
+    server.failing["/health"] = 404
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"answers /health with 404, .* rollout\.server\.urls"):
+        engine_at(server.url)
+    assert time.monotonic() - started < 30, "and not after start_timeout"
+
+
+def test_who_is_asked_for_its_health_is_not_told_the_key(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "secret"
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    engine = engine_at(server.url)
+    engine.close()
+    assert "/health" in {route for route, _, _ in server.asked}
+    assert "/version" in server.keys_at
+    assert "/health" not in server.keys_at
