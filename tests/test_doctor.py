@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -259,6 +260,28 @@ def test_a_server_that_strangers_reach_is_found(
     assert not result.works
     assert "/is_paused" in result.detail
     assert result.commands[0].startswith("export RECAP_FAST_SERVER_KEY=")
+
+
+def test_a_server_that_listens_to_all_is_found_from_this_host() -> None:
+    server = FakeServer(host="")
+    try:
+        result = doctor.attempt(doctor.Check("server", partial(doctor._check_server, server.url)))
+        assert not result.works
+        assert f"it listens at 0.0.0.0:{server.port}, and whoever reaches it" in result.detail
+        server.key = "right"
+        result = doctor.attempt(doctor.Check("server", partial(doctor._check_server, server.url)))
+        assert "listens at" not in result.detail
+    finally:
+        server.die()
+
+
+def test_sockets_of_ipv6_are_seen() -> None:
+    for host, seen in (("::1", []), ("::", ["[::]:{}"])):
+        with socket.socket(socket.AF_INET6) as listening:
+            listening.bind((host, 0))
+            listening.listen()
+            port = listening.getsockname()[1]
+            assert doctor._beyond_loopback(port) == [one.format(port) for one in seen]
 
 
 def test_a_server_with_a_guard_wants_the_right_key(

@@ -41,5 +41,20 @@ def test_a_host_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         serve(config, "192.0.2.1", 8000)
 
 
+def test_loopback_of_ipv6_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes as far as the model."""
+
+    def stop(*_: Any) -> None:
+        raise UserError("the model")
+
+    monkeypatch.delenv("RECAP_FAST_SERVER_KEY", raising=False)
+    monkeypatch.setattr(module, "_check_free", stop)
+    config: Any = None
+    with pytest.raises(UserError, match="the model"):
+        serve(config, "::1", 8000)
+    with pytest.raises(UserError, match="--host :: lets others reach"):
+        serve(config, "::", 8000)
+
+
 def test_a_port_that_is_free_is_none_of_these() -> None:
     module._check_free("127.0.0.1", free_port())

@@ -11,10 +11,19 @@ from recap_fast.config.section import Section
 
 
 def check_url(url: str) -> str:
-    """The URL of a server; ValueError where it is none."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"wanted http://host:port, got {url!r}")
+    """The URL of a server, and nothing else; ValueError where it is none."""
+    wanted = f"wanted http://host:port, got {url!r}"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"{wanted}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in url:
+        raise ValueError(wanted)
+    if parts.username is not None:
+        raise ValueError("wanted http://host:port without a user: keys come from the environment")
+    if parts.path.rstrip("/") or parts.query or parts.fragment:
+        raise ValueError(f"{wanted}: leave out what comes after the port")
     return url
 
 

@@ -38,8 +38,9 @@ async def check_server(
     if longest < max_model_len:
         raise EngineError(
             f"the server at {client.url} takes {longest} tokens, and a prompt with its "
-            f"completion may have {max_model_len}: start it with --max-model-len "
-            f"{max_model_len}, or lower data.max_prompt_tokens or rollout.max_new_tokens"
+            f"completion may have {max_model_len}: start it with `recap-fast serve` "
+            f"and this run's configuration (a server of another kind with --max-model-len "
+            f"{max_model_len}), or lower data.max_prompt_tokens or rollout.max_new_tokens"
         )
     await _check_idle(client, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recap_fast.config import load_config
+from recap_fast.config import TrainConfig, load_config
 from recap_fast.paths import shown
 from recap_fast.report.metrics import read_metrics
 from recap_fast.simulate.pipeline import Costs, Outcome, SetUp, simulate
@@ -14,6 +14,7 @@ from recap_fast.simulate.trace import (
     Trace,
     TraceError,
     asynchrony,
+    engines_of,
     processes_of,
     workload_of,
 )
@@ -48,16 +49,11 @@ class Check:
         return abs(self.error) <= LIMIT
 
 
-def check_run(
-    costs: Costs, trace: Trace, run: Path, split: tuple[int, int] | None = None, *, seed: int = 0
-) -> Check:
+def check_run(costs: Costs, trace: Trace, run: Path, *, seed: int = 0) -> Check:
     """Predicts a run from a trace and compares.
 
-    Args:
-        split: GPUs of the trainer and the engines of an asynchronous run.
-
     Raises:
-        TraceError: no run, too few steps, another model, or no `split` for an asynchronous run.
+        TraceError: no run, too few steps, or another model.
     """
     config_file = run / "config.yaml"
     if not config_file.is_file():
@@ -69,18 +65,9 @@ def check_run(
             f"{shown(run)}: too few steps to compare with: wanted at least {MIN_STEPS + 1} (the "
             f"first also warms up), got {len(rows) + bool(rows)}"
         )
-    ahead = asynchrony(config)
-    if ahead is None:
-        processes = processes_of(run)
-        set_up = SetUp(processes, processes, colocated=True)
-    elif split is None:
-        raise TraceError(
-            f"{shown(run)}: an asynchronous run: --split TRAINER:ENGINES says which GPUs it had"
-        )
-    else:
-        set_up = SetUp(*split, *ahead)
     workload = workload_of(trace, config)
     steps = min(max(len(workload.lengths), 12), _MOST_STEPS)
+    set_up = _set_up(config, processes_of(run))
     outcome = simulate(costs, workload, set_up, steps=steps, seed=seed)
 
     def mean(key: str) -> float | None:
@@ -93,6 +80,14 @@ def check_run(
     measured = {stage: mean(key) for stage, key in keys.items() if stage in predicted}
     seconds = {stage: (predicted[stage], m) for stage, m in measured.items() if m is not None}
     return Check(run, set_up, seconds)
+
+
+def _set_up(config: TrainConfig, processes: int) -> SetUp:
+    """What a run had: servers have GPUs of their own, other engines those of its processes."""
+    if config.rollout.engine != "vllm_server":
+        return SetUp(processes, processes, colocated=True)
+    engines = engines_of(config, processes) * config.rollout.tensor_parallel_size
+    return SetUp(processes, engines, *(asynchrony(config) or ()))
 
 
 def _predicted(costs: Costs, outcome: Outcome) -> dict[str, float]:

@@ -41,9 +41,7 @@ def run_simulation(
     fit = fit_costs(trace)
     workload = workload_of(trace, config)
     parts = None if split is None else parse_split(split)
-    check = (
-        None if checked is None else check_run(fit.costs, trace, checked, parts, seed=config.seed)
-    )
+    check = None if checked is None else check_run(fit.costs, trace, checked, seed=config.seed)
     console = Console()
     with console.status("simulating"):
         found = plan(fit.costs, workload, config, gpus, split=parts, seed=config.seed)

@@ -158,7 +158,7 @@ def read_steps(run: Path) -> tuple[TrainConfig, list[TracedStep]]:
                 + ": a trace is a run that this version recorded"
             )
     processes = processes_of(run)
-    engines = max(1, processes // config.rollout.tensor_parallel_size)
+    engines = engines_of(config, processes)
     return config, [_step(row, processes, engines) for row in rows]
 
 
@@ -176,6 +176,14 @@ def _step(row: dict[str, Any], processes: int, engines: int) -> TracedStep:
         float(row["train/packed_tokens"]),
         {stage: float(row[f"time/{stage}"]) for stage in _STAGES},
     )
+
+
+def engines_of(config: TrainConfig, processes: int) -> int:
+    """How many engines a run samples with: its servers, or those of its processes."""
+    settings = config.rollout
+    if settings.engine == "vllm_server":
+        return len(settings.server.urls) or settings.server.count
+    return max(1, processes // settings.tensor_parallel_size)
 
 
 def processes_of(run: Path) -> int:

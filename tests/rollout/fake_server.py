@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 class FakeServer:
-    """Answers on a port of loopback.
+    """Answers on a port, of loopback where not said otherwise.
 
     Attributes:
         asked: (route, parameters, body) of every request, in order.
@@ -48,7 +48,7 @@ class FakeServer:
         adapters: digests of layers, by the adapters' name.
     """
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.asked: list[tuple[str, dict[str, list[str]], Any]] = []
         self.behaviour = "well"
         self.failing: dict[str, int] = {}
@@ -108,7 +108,7 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http = ThreadingHTTPServer((host, port), Handler)
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"

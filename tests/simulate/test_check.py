@@ -50,13 +50,29 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         checked(run, short)
 
 
-def test_an_asynchronous_run_needs_its_split(tmp_path):
-    first = write_trace(tmp_path / "first", steps=12)
-    asynchronous = {"engine": "vllm_server", "async": {"depth": 1}}
-    run = write_trace(tmp_path / "run", steps=12, **asynchronous)
-    with pytest.raises(TraceError, match=r"--split TRAINER:ENGINES says which GPUs it had"):
-        checked(first, run)
-    check = checked(first, run, split=(1, 1))
-    assert check.set_up.depth == 1
-    assert check.error < -0.2  # both sides at once
-    assert "rollout" not in check.seconds
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_servers_have_gpus_of_their_own(tmp_path, depth, tensor_parallel_size):
+    servers = {
+        "engine": "vllm_server", "server": {"count": 3},
+        "tensor_parallel_size": tensor_parallel_size,
+    }  # fmt: skip
+    first = write_trace(tmp_path / "first", steps=12, **servers)
+    run = write_trace(tmp_path / "run", steps=12, **servers, **{"async": {"depth": depth}})
+    set_up = checked(first, run).set_up
+    assert (set_up.trainer_gpus, set_up.engine_gpus) == (1, 3 * tensor_parallel_size)
+    assert (set_up.depth, set_up.colocated) == (depth, False)
+
+
+@pytest.mark.parametrize(
+    ("server", "engines"),
+    [({"count": 4}, 4), ({"urls": ["http://a:1", "http://b:1"]}, 2), ({}, 1)],
+)
+def test_a_trace_says_how_many_servers_sampled(tmp_path, server, engines):
+    run = write_trace(tmp_path / "run", engine="vllm_server", server=server)
+    trace = read_trace([run])
+    assert {step.engines for step in trace.steps} == {engines}
+    alone = fit_costs(read_trace([write_trace(tmp_path / "alone")])).costs
+    assert fit_costs(trace).costs.decode_request == pytest.approx(
+        engines * alone.decode_request, rel=1e-6
+    )
