@@ -71,6 +71,9 @@ class TransferEngine(WeightTransferEngine):
             ) from None
 
     def start_weight_update(self) -> None:
+        # Of layers that a failed transfer, or a trainer that died, has left half loaded: vLLM would
+        # count that as loaded, and complete them before they are whole.
+        finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:

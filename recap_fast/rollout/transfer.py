@@ -207,15 +207,17 @@ class NcclTransfer:
             rank += size
         work = partial(self._join, unique_id, rank=0, world_size=world_size, device=self._device)
         joining = in_thread(work, "forming a group with the servers")
-        failed = await self._together(
-            f"forming a group with {len(sizes)} servers",
-            asyncio.wrap_future(joining),
-            {client: client.join(vars(info)) for client, info in infos.items()},
-        )
-        if failed:
-            joining.add_done_callback(_leave)  # it may come about yet
-        else:
-            self._group = tuple(sizes), joining.result()
+        try:
+            failed = await self._together(
+                f"forming a group with {len(sizes)} servers",
+                asyncio.wrap_future(joining),
+                {client: client.join(vars(info)) for client, info in infos.items()},
+            )
+            if not failed:
+                self._group = tuple(sizes), joining.result()
+        finally:
+            if self._group is None:
+                joining.add_done_callback(_leave)  # it may come about yet
         return failed
 
     async def _broadcast(
@@ -238,11 +240,15 @@ class NcclTransfer:
                 torch.cuda.current_stream(self._device).synchronize()
 
         info = {"transfer": "nccl", **vars(chosen.told)}
-        failed = await self._together(
-            f"sending the weights of step {weights.version} to {len(clients)} servers",
-            asyncio.wrap_future(in_thread(work, "sending weights")),
-            {x: x.receive(info, weights.version) for x in clients},
-        )
+        try:
+            failed = await self._together(
+                f"sending the weights of step {weights.version} to {len(clients)} servers",
+                asyncio.wrap_future(in_thread(work, "sending weights")),
+                {x: x.receive(info, weights.version) for x in clients},
+            )
+        except asyncio.CancelledError:
+            self._drop()  # what was begun goes on, and would be taken for what is sent next
+            raise
         self.sent_bytes += self._sent
         self._held |= {x: chosen.told.version for x in clients if x not in failed}
         if failed:

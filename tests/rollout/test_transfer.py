@@ -218,6 +218,33 @@ def test_a_send_that_hangs_ends_with_its_stage(
     assert "sending the weights of step 1 to 1 servers: not done within 3 s" in caplog.text
 
 
+@pytest.mark.parametrize("stage", ["forming", "sending"])
+def test_a_send_that_is_interrupted_leaves_no_group(stage: str, servers: list[FakeServer]) -> None:
+    """What was begun in it goes on, and would be taken for what is sent next."""
+    groups: list[HangingGroup] = []
+    goes_on = threading.Event()
+
+    def hanging(unique_id: bytes, **how: Any) -> HangingGroup:
+        groups.append(HangingGroup(join(unique_id, **how)))
+        if stage == "forming":
+            goes_on.wait(20)
+        return groups[-1]
+
+    async def body(state: Run) -> None:
+        update = asyncio.create_task(state.give(1))
+        route = "/init_weight_transfer_engine" if stage == "forming" else "/update_weights"
+        await until(lambda: route in servers[0].routes() and bool(groups))
+        await asyncio.sleep(0.2)
+        update.cancel()
+        await asyncio.wait([update])
+        goes_on.set()
+        await asyncio.to_thread(groups[0].aborted.wait, 10)
+        assert groups[0].aborted.is_set()
+        assert state.transfer._group is None
+
+    run(servers[:1], body, join=hanging)
+
+
 WHOLE = 128 + 64
 """Bytes of the weights below, in float32, each with what is left free behind it."""
 PATCH = 64 + 64
