@@ -1,6 +1,6 @@
 """The figure of scarce replay: abilities against the share of rows that are replayed.
 
-Thirteen lines in one panel cannot be told apart, so methods stand in columns of a few, each with
+Fourteen lines in one panel cannot be told apart, so methods stand in columns of a few, each with
 Uniform in grey, the base and what is left without replay.
 """
 
@@ -28,7 +28,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "Rivals": ("gdpo", "dwa", "saw"),
 }
 _ROWS = ("grounding", "ocr", "reasoning")
-_SHORT = ("recap", "recap-balanced", "together")
+_SHORT = ("recap", "recap-balanced", "balanced")
 """Of the figure with one panel."""
 _PANEL = (3.9, 3.0)  # inches
 _DODGE = 0.035  # of a method's points in log(share), so that intervals do not cover one another
