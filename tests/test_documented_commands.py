@@ -107,6 +107,7 @@ NOT_RUN = {
     "PARTS=transfer bash benchmarks/on_gpu.sh": GPU,
     "python -m benchmarks.scaling --measure": "takes minutes; tests/bench/test_scaling.py runs it",
     "python -m tools.soak --steps 40 --kills 8": "takes minutes; tests/test_soak.py runs fewer",
+    "python -m tools.soak --depth 0 --steps 40 --kills 8": "takes minutes; its parts are tested",
     "python -m benchmarks.gradient_strength --steps 13 --every 3": "takes minutes of make train",
     "python -m benchmarks.rollout_modes": "takes minutes; its runs are those of `make train`",
     "python -m benchmarks.rollouts_apart --steps 10": "takes minutes, and both cores to itself",

@@ -38,6 +38,26 @@ def test_a_run_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     assert summary["prompts trained on once"] > 10
 
 
+def test_steps_that_went_another_way_are_told_apart(tmp_path: Path) -> None:
+    rows: list[dict[str, float | None]] = [
+        {"step": 1, "reward/a": 0.25, "loss/b": 1.5, "time/total": 3.0},
+        {"step": 2, "reward/a": 0.5, "loss/b": 1.25},
+        {"step": 3, "reward/a": None, "loss/b": 1.0},
+        {"step": 4, "reward/a": 0.5},
+        {"step": 5, "reward/a": 0.5, "loss/b": 1.0},
+    ]
+    others = [dict(row) for row in rows]
+    others[0] |= {"loss/b": 1.500001, "time/total": 9.0}
+    others[1]["reward/a"] = 0.5625
+    others[3]["reward/a"] = None
+    del others[4]["loss/b"]
+    for name, found in (("one", rows), ("other", others)):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    assert soak.agreeing(tmp_path / "one", tmp_path / "other") == [1, 3]
+
+
 def write_run(folder: Path, model: Path, damage: str) -> None:
     """What a run of three steps leaves behind, with something wrong."""
     config = load_config(soak.write_config(folder, model, steps=3))

@@ -1,14 +1,19 @@
 """Kills a run at random moments until it has ended, and looks whether anything was lost.
 
-A small model is trained on a CPU through a real vLLM server, one step off. At random moments one of
-its processes is killed with SIGKILL: the trainer, one of the server (keeper, HTTP process, engine,
-a worker), or one that computes rewards. A trainer that is gone is started again with
---resume. In the end every step must have trained on its own prompts, each with all its rollouts,
-and no process and no shared memory may be left, but the file of 1 KiB that Intel's OpenMP makes for
-each process, where nobody was left to remove it: of trainers that were killed themselves, and of
-servers whose keeper was killed, before them or while it cleaned up after them. These are counted
-apart.
+A small model is trained on a CPU through a real vLLM server, one step off or in turns. At random
+moments one of its processes is killed with SIGKILL: the trainer, one of the server (keeper, HTTP
+process, engine, a worker), or one that computes rewards. A trainer that is gone is started again
+with --resume. In the end every step must have trained on its own prompts, each with all its
+rollouts, and no process and no shared memory may be left, but the file of 1 KiB that Intel's OpenMP
+makes for each process, where nobody was left to remove it: of trainers that were killed themselves,
+and of servers whose keeper was killed, before them or while it cleaned up after them. These are
+counted apart.
 
+In turns (--depth 0) nothing but the seed decides what is sampled: losses and rewards are compared,
+step by step, with those of the same run unbroken. One step off it depends on the moment which
+weights sample a request that an update passes by, and no two runs are alike.
+
+    python -m tools.soak --depth 0 --steps 40 --kills 8
     python -m tools.soak --steps 200 --kills 50 --out benchmarks/results/cpu-2core/soak.json
 """
 
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -48,6 +54,8 @@ PATIENCE = 60.0
 VICTIMS = ("trainer", "server", "reward worker")
 KEEPER = "server_process.py"
 """In the command line of the process that removes what a server leaves."""
+ROUNDING = 1e-5
+"""Of losses and rewards in float32: a batch of other requests adds in another order."""
 CONSOLE = Console()
 
 
@@ -55,7 +63,7 @@ class Problem(RuntimeError):
     """What was lost or left behind."""
 
 
-def write_config(folder: Path, model: Path, steps: int) -> Path:
+def write_config(folder: Path, model: Path, steps: int, depth: int = 1) -> Path:
     """A run of two rewards and a supervised loss, all of whose rollouts are written down."""
     question = "{question} Your reply must start with <answer> and end with </answer>."
     sums = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 3}
@@ -81,7 +89,7 @@ def write_config(folder: Path, model: Path, steps: int) -> Path:
         },
         "rollout": {
             "engine": "vllm_server", "dtype": "float32", "group_size": 4, "max_new_tokens": 24,
-            "cpu_kv_cache_gib": 0.05, "async": {"depth": 1},
+            "cpu_kv_cache_gib": 0.05, "async": {"depth": depth},
             "server": {"timeout": 30.0, "start_timeout": 300.0},
         },
         "loss": {"rollout_is_cap": 2.0},
@@ -103,6 +111,34 @@ def start(file: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
             [sys.executable, "-m", "recap_fast", "train", str(file), how],
             cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+
+def train_unbroken(file: Path, run: Path, log: Path) -> None:
+    with log.open("wb") as output:
+        status = subprocess.run(
+            [sys.executable, "-m", "recap_fast", "train", str(file), "--set", f"run={run}"],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+        ).returncode  # fmt: skip
+    if status:
+        raise Problem(f"the unbroken run ended with {status}: {log.read_text()[-2000:]}")
+
+
+def agreeing(run: Path, unbroken: Path) -> list[int]:
+    """Steps whose losses and rewards are those of another run, but for rounding."""
+    found = []
+    for ours, theirs in zip(read_metrics(run), read_metrics(unbroken), strict=True):
+        names = [
+            name for name in ours.keys() | theirs.keys() if name.startswith(("loss/", "reward/"))
+        ]
+        if names and all(_is_near(ours.get(name), theirs.get(name)) for name in names):
+            found.append(int(ours["step"]))
+    return found
+
+
+def _is_near(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=ROUNDING)
 
 
 def victims(trainer: psutil.Process) -> dict[str, list[psutil.Process]]:
@@ -240,13 +276,13 @@ def check(
     return problems
 
 
-def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
+def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[str, Any]:
     from tests.rollout.conftest import random_llama
     from tests.tiny_tokenizer import tiny_tokenizer
 
     random_llama().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    file = write_config(folder, folder / "model", steps)
+    file = write_config(folder, folder / "model", steps, depth)
     config = load_config(file)
     run, log = Path(config.run), folder / "log"
     dice = random.Random(seed)
@@ -303,17 +339,29 @@ def soak(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
     if problems:
         raise Problem("\n".join(problems))
     rows = read_metrics(run)
+    minutes = round((time.monotonic() - begun) / 60, 1)
+    compared = {}
+    if depth == 0:
+        with CONSOLE.status("the same run unbroken"):
+            train_unbroken(file, folder / "unbroken", folder / "unbroken.log")
+        same = agreeing(run, folder / "unbroken")
+        compared = {
+            "steps with the losses and rewards of the unbroken run": len(same),
+            "steps with others": [step for step in range(1, steps + 1) if step not in same],
+        }
     return {
+        "depth": depth,
         "steps": steps,
         "kills": dict(sorted(done.items())),
         "starts of the trainer": starts,
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": minutes,
         "prompts trained on once": sum(len(p) for p in expected(config).values()),
         "requests asked again": int(sum(row.get("rollout/reissued_requests") or 0 for row in rows)),
         "largest staleness": int(max(row.get("staleness/max") or 0 for row in rows)),
         "processes left": 0,
         "shared memory left": 0,
         "OpenMP files that nobody was left to remove": len(of_nobody(before, alone)),
+        **compared,
         "seed": seed,
     }
 
@@ -322,12 +370,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--depth", type=int, default=1, help="rollout.async.depth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the summary")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         try:
-            summary = soak(Path(folder), options.steps, options.kills, options.seed)
+            summary = soak(Path(folder), options.steps, options.kills, options.seed, options.depth)
         except Problem as problem:
             CONSOLE.print(f"[red]failed[/]: {problem}", highlight=False)
             return 1

@@ -131,12 +131,12 @@ class NamedAdapters:
             theirs = sorted(name for name in there if not name.startswith(_own_prefix(self._run)))
             if theirs and client in self._seen:  # what a run that has ended has left goes, but once
                 raise taken(theirs[-1], self._run, client.url)
-            seen = self._seen.setdefault(client, set())
-            seen &= there & {one.name for one in live}
+            seen = self._seen.get(client, set()) & there & {one.name for one in live}
             if not seen:  # new here, or started again
                 await self._check_base(client)
             for name in sorted(there - seen):
                 await client.unload_adapter(name)
+            self._seen[client] = seen
             for one in live:  # the newest last: vLLM drops what was used longest ago
                 if one.name not in seen:
                     await client.load_adapter(one.name, one.folder)
@@ -148,7 +148,7 @@ class NamedAdapters:
 
     async def _check_base(self, client: ServerClient) -> None:
         held = await client.digests(self._shapes, DIGEST_COLUMNS)
-        wrong = sorted(name for name, value in held.items() if value != self._base[name])
+        wrong = sorted(name for name, value in held.items() if value != self._base.get(name))
         if wrong or not held:
             what = ", ".join(wrong[:5]) if wrong else "all, for none can be read back"
             raise ServerTrouble(

@@ -267,6 +267,26 @@ def test_those_who_only_sample_wait_for_the_newest_name(
     run(servers[1:] + servers[:1], model, body)
 
 
+def test_what_a_dead_run_has_left_goes_also_at_the_second_try(
+    servers: list[FakeServer], model: Any
+) -> None:
+    server = servers[0]
+    server.adapters["policy-0badf00d-41-ff"] = {}
+
+    async def body(state: Run) -> None:
+        server.failing["/v1/unload_lora_adapter"] = 500
+        update = asyncio.create_task(state.give(1))
+        await until(lambda: state.states() == ["lost"])
+        await asyncio.gather(update, return_exceptions=True)
+        server.failing.clear()
+        await until(lambda: state.states() == ["up"])
+        newest = state.adapters.newest
+        assert newest is not None
+        assert list(server.adapters) == [newest.name]
+
+    run(servers[:1], model, body)
+
+
 def test_a_version_is_a_folder_of_peft_s_that_nobody_else_reads(model: Any) -> None:
     adapters = NamedAdapters(torch.bfloat16, slots=2, run="aaaaaaaa")
     redraw(model, 1)
