@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from recap_fast.config import load_config
+from recap_fast.report.metrics import read_metrics
+from recap_fast.trainer import Trainer
 from tests.tiny import save_tiny_model
 from tools import soak
 
@@ -56,6 +58,30 @@ def test_steps_that_went_another_way_are_told_apart(tmp_path: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in found)
         (tmp_path / name / "metrics.jsonl").write_text(lines)
     assert soak.agreeing(tmp_path / "one", tmp_path / "other") == [1, 3]
+
+
+def test_runs_agree_by_their_seed(tmp_path: Path) -> None:
+    """In turns, with an engine in process in the place of the server."""
+    model = save_tiny_model(tmp_path / "model")
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = load_config(
+            soak.write_config(folder, model, steps=2, depth=0),
+            [
+                f"seed={seed}", "rollout.engine=transformers", "checkpoint.every=0",
+                "rollout.server={timeout: 600.0, start_timeout: 900.0}",
+            ],
+        )  # fmt: skip
+        trainer = Trainer(config)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+    one, same, other = (tmp_path / name / "run" for name in ("one", "same", "other"))
+    assert soak.agreeing(one, same) == [1, 2]
+    assert soak.agreeing(one, other) == []
+    assert all(row["zero_std_fraction/vowels"] < 1 for row in read_metrics(one))
 
 
 def write_run(folder: Path, model: Path, damage: str) -> None:

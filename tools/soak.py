@@ -79,7 +79,11 @@ def write_config(folder: Path, model: Path, steps: int, depth: int = 1) -> Path:
                 {
                     "name": "sums", "kind": "rl", "reasoning_gym": "chain_sum", "size": size,
                     "parameters": sums, "prompt": question, "held_out": 4,
-                    "rewards": {"accuracy": "accuracy", "answer_format": "answer_format"},
+                    # Which a random model is not always given alike: updates follow from them.
+                    "rewards": {
+                        "length": "tests.tiny_rewards:length",
+                        "vowels": "tests.tiny_rewards:vowels",
+                    },
                 },
                 {
                     "name": "worked", "kind": "sft", "reasoning_gym": "chain_sum", "size": size,
