@@ -468,7 +468,9 @@ def _check_server(url: str) -> str:
         raise _Said(str(error)) from None
     routes = ("/is_paused", "/weight_info", "/v1/models")
     open_routes = [route for route in routes if ask(route, None).is_success]
-    strangers = [url] if not is_loopback(url) else _beyond_loopback(urlsplit(url).port or 80)
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    strangers = _beyond_loopback(port) if is_loopback(url) else [url]
     if open_routes and strangers:
         raise Mendable(
             f"it listens at {', '.join(strangers)}, and whoever reaches it can use "

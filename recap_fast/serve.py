@@ -36,6 +36,7 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     Raises:
         UserError: no server of this configuration can run here.
     """
+    host = host.strip("[]")  # of IPv6, as in a URL
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     key = os.environ.get(KEY_VARIABLE)
     if key is None and not is_loopback(url):

@@ -154,6 +154,8 @@ NAMED = ["rollout.server.adapters=named"]
         ([*SERVER, "rollout.async={max_staleness: 2}"], ["max_staleness is 2", "depth is 0"]),
         ([*SERVER, "rollout.server.urls=[localhost]"], ["rollout.server.urls", "http://host:port"]),
         ([*SERVER, "rollout.server.urls=['http://a b:80']"], ["http://host:port", "a b"]),
+        ([*SERVER, 'rollout.server.urls=["http://a\\tb:80"]'], ["http://host:port"]),
+        ([*SERVER, "rollout.server.urls=['http://x:0']"], ["http://host:port"]),
         ([*SERVER, "rollout.server.urls=['http://x:99999']"], ["http://host:port", "range"]),
         (
             [*SERVER, "rollout.server.urls=['http://me:mine@x:1']"],

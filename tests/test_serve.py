@@ -52,6 +52,8 @@ def test_loopback_of_ipv6_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = None
     with pytest.raises(UserError, match="the model"):
         serve(config, "::1", 8000)
+    with pytest.raises(UserError, match="the model"):
+        serve(config, "[::1]", 8000)
     with pytest.raises(UserError, match="--host :: lets others reach"):
         serve(config, "::", 8000)
 

@@ -15,10 +15,12 @@ def check_url(url: str) -> str:
     wanted = f"wanted http://host:port, got {url!r}"
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        is_port = parts.port != 0
     except ValueError as error:
         raise ValueError(f"{wanted}: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or " " in url:
+    if parts.scheme not in ("http", "https") or not (parts.hostname and is_port):
+        raise ValueError(wanted)
+    if any(character.isspace() for character in url):  # some of which urlsplit drops
         raise ValueError(wanted)
     if parts.username is not None:
         raise ValueError("wanted http://host:port without a user: keys come from the environment")
