@@ -197,11 +197,13 @@ class ServerEngine:
 
         def choose() -> list[Any]:
             check_installed(takes_images=self._vision is not None)
-            return [new_key(), [free_port() for _ in range(settings.count)]]
+            ports: set[int] = set()
+            while len(ports) < settings.count:
+                ports.add(free_port())
+            return [(port, new_key()) for port in sorted(ports)]
 
-        key, ports = self._agree(choose)
         found: list[tuple[ServerClient, Callable[[], ServerProcess] | None]] = []
-        for place, port in enumerate(ports):
+        for place, (port, key) in enumerate(self._agree(choose)):
             size = self._config.tensor_parallel_size
             gpus = range(first_gpu + place * size, first_gpu + (place + 1) * size)
             start = partial(

@@ -162,6 +162,9 @@ def server_environment(
         if name not in ours and not name.startswith("TORCHELASTIC_")
     }
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if gpus is None:
+        # Else vLLM overrules `--distributed-executor-backend uni` on a CPU.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if key is not None:
         environment["VLLM_API_KEY"] = key
     environment.pop(_RUNTIME_ADAPTERS, None)

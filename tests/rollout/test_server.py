@@ -209,8 +209,7 @@ def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
     perturb(model, "norm", 0.5)
     engine.sync_weights(iter_weights(model, engine.dtype), 3)
     before, reissued = processes(engine), engine._pool.reissued
-    segments = shared_memory(before)
-    assert segments
+    assert not shared_memory(before), "no processes that talk through what their death leaves"
     futures = in_flight(engine, prompts, 60)
     place = {"keeper": 0, "server": 1}.get(victim)
     if place is None:
@@ -224,7 +223,6 @@ def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
     assert victim == "keeper" or engine._pool.reissued > reissued
     gone, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
-    assert not [segment for segment in segments if segment.exists()]
     again = engine.generate(prompts, SPEC)
     assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
     assert {version for r in again for version in r.versions} == {3}

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from recap_fast.config import RolloutConfig
+from recap_fast.rollout import server as engine_module
 from recap_fast.rollout import server_member
 from recap_fast.rollout.protocol import EngineError, SamplingStoppedError
 from recap_fast.rollout.server import ServerEngine
@@ -98,8 +99,8 @@ def test_a_server_that_was_started_again_is_no_other_run_s(server: FakeServer) -
     two_runs(server, body)
 
 
-def engine_at(url: str, **options: Any) -> ServerEngine:
-    server = {"urls": [url], "timeout": 60.0, "start_timeout": 60.0}
+def engine_at(*urls: str, count: int = 1, **options: Any) -> ServerEngine:
+    server = {"urls": list(urls), "count": count, "timeout": 60.0, "start_timeout": 60.0}
     return ServerEngine(
         RolloutConfig.model_validate(
             {"engine": "vllm_server", "dtype": "float32", "server": server}
@@ -135,6 +136,29 @@ def test_each_engine_is_a_run_of_its_own_and_its_processes_agree(server: FakeSer
     finally:
         for one in (engine, follower, other):
             one.close()
+
+
+def test_each_server_has_a_port_and_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = iter([15_001, 15_001, 15_000])
+    monkeypatch.setattr(engine_module, "check_installed", lambda takes_images: None)
+    monkeypatch.setattr(engine_module, "free_port", lambda: next(ports))
+    monkeypatch.setattr(engine_module, "ServerProcess", lambda *started: started)
+    made: list[Any] = []
+
+    async def stop_here(_: ServerEngine, members: Any) -> None:
+        made.extend(members)
+        raise EngineError("none is started here")
+
+    monkeypatch.setattr(ServerEngine, "_make_pool", stop_here)
+    with pytest.raises(EngineError, match="none is started here"):
+        engine_at(count=2)
+    started = [start() for _, start in made]
+    commands, keys = zip(*((c, env["VLLM_API_KEY"]) for c, env, _ in started), strict=True)
+    assert [c[c.index("--port") + 1] for c in commands] == ["15000", "15001"]
+    assert [client.url for client, _ in made] == [f"http://127.0.0.1:{p}" for p in (15000, 15001)]
+    assert len(set(keys)) == 2
+    sent = [client._http.headers["Authorization"] for client, _ in made]
+    assert sent == [f"Bearer {key}" for key in keys]
 
 
 def test_a_run_that_is_to_stop_waits_for_no_server(server: FakeServer) -> None:
