@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers.utils import is_torchvision_available
 
 from recap_fast.config import save_config
 from recap_fast.report.metrics import read_metrics
+from recap_fast.rollout.server_command import KEY_VARIABLE
+from recap_fast.rollout.server_process import free_port
 from recap_fast.training.checkpoint import list_checkpoints
 from tests.rollout.conftest import random_llama
 from tests.rollout.test_vllm_vision import TEXT
@@ -61,6 +64,9 @@ def write_config(
     return file
 
 
+KEY = "a-key-for-these-tests"
+
+
 def start(file: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     launcher = [
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -71,7 +77,7 @@ def start(file: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[s
             "-m", "recap_fast", "train", str(file), *arguments,
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", KEY_VARIABLE: KEY},
     )  # fmt: skip
 
 
@@ -89,6 +95,40 @@ def prompts(run: Path) -> dict[int, list[str]]:
         sample = json.loads(line)
         found.setdefault(sample["step"], []).append(sample["prompt"])
     return found
+
+
+def _wait_for_port(port: int, serving: subprocess.Popen[Any]) -> None:
+    """Runs give up after half a minute in which nobody listens, and importing vLLM may take that
+    long on a busy machine."""
+    for _ in range(300):
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert serving.poll() is None, "it has ended before it served"
+        time.sleep(1)
+    pytest.fail("the server does not listen after five minutes")
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[list[str]]:
+    """What attaches a run to a server that outlives it."""
+    port = free_port()
+    file = write_config(tmp_path_factory.mktemp("served"), model)
+    with file.with_name("serve.log").open("w") as log:
+        serving = subprocess.Popen(
+            [sys.executable, "-m", "recap_fast", "serve", str(file), "--port", str(port)],
+            cwd=ROOT, env=os.environ | {KEY_VARIABLE: KEY}, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        _wait_for_port(port, serving)
+        yield ["--set", f"rollout.server.urls=[http://127.0.0.1:{port}]"]
+        assert serving.poll() is None, "it is there for the next run"
+        started = descendants(serving)
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.wait(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +201,13 @@ def test_a_run_in_turns_is_that_of_an_engine_in_process(
     "asynchronous", [{"depth": 1}, {"depth": 1, "on_update": "recompute", "max_staleness": 3}]
 )
 def test_a_run_ahead_trains_on_the_same_prompts(
-    asynchronous: dict[str, Any], tmp_path: Path, model: Path, in_turns: Path
+    asynchronous: dict[str, Any],
+    tmp_path: Path,
+    model: Path,
+    in_turns: Path,
+    attached: list[str],
 ) -> None:
-    train(write_config(tmp_path, model, **asynchronous))
+    train(write_config(tmp_path, model, **asynchronous), *attached)
     ahead, plain = prompts(tmp_path / "run"), prompts(in_turns)
     if "max_staleness" in asynchronous:
         assert sorted(sum(ahead.values(), [])) == sorted(sum(plain.values(), []))
@@ -177,7 +221,7 @@ def test_a_run_ahead_trains_on_the_same_prompts(
 
 def train_in_two(file: Path, bound: int, *arguments: str) -> list[dict[str, Any]]:
     """What two processes that share a server report of each step. One of them leads: it starts the
-    server, and gives it the weights of both."""
+    server, where none is attached, and gives it the weights of both."""
     train(file, *arguments, processes=2)
     rows = read_metrics(file.parent / "run")[1:]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -191,9 +235,9 @@ def train_in_two(file: Path, bound: int, *arguments: str) -> list[dict[str, Any]
 
 
 def test_two_processes_train_on_the_prompts_of_one(
-    tmp_path: Path, model: Path, in_turns: Path
+    tmp_path: Path, model: Path, in_turns: Path, attached: list[str]
 ) -> None:
-    train_in_two(write_config(tmp_path, model, depth=1), 1)
+    train_in_two(write_config(tmp_path, model, depth=1), 1, *attached)
     assert prompts(tmp_path / "run") == prompts(in_turns)
 
 
@@ -219,7 +263,7 @@ def _line(process: psutil.Process) -> str:
         return ""
 
 
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def descendants(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
@@ -247,51 +291,19 @@ def test_a_run_that_is_ended_resumes_and_leaves_nothing_behind(
     assert [row["step"] for row in read_metrics(run)][-STEPS:] == list(range(1, STEPS + 1))
 
 
-def _wait_for_port(port: int, serving: subprocess.Popen[str]) -> None:
-    """Runs give up after half a minute in which nobody listens, and importing vLLM may take that
-    long on a busy machine."""
-    for _ in range(300):
-        with socket.socket() as attempt:
-            if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert serving.poll() is None, "it has ended before it served"
-        time.sleep(1)
-    pytest.fail("the server does not listen after five minutes")
-
-
-def test_a_run_attaches_to_a_server(tmp_path: Path, model: Path, in_turns: Path) -> None:
-    from recap_fast.rollout.server_process import free_port
-
+def test_a_run_attaches_to_a_server(
+    tmp_path: Path, model: Path, in_turns: Path, attached: list[str]
+) -> None:
     file = write_config(tmp_path, model)
-    port = free_port()
-    environment = os.environ | {"RECAP_FAST_SERVER_KEY": "a-key-for-this-test"}
-    serving = subprocess.Popen(
-        [sys.executable, "-m", "recap_fast", "serve", str(file), "--port", str(port)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    train(file, *attached)
+    assert prompts(tmp_path / "run") == prompts(in_turns)
+    without = subprocess.run(
+        [sys.executable, "-m", "recap_fast", "train", str(file), "--overwrite", *attached],
+        cwd=ROOT, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != KEY_VARIABLE},
     )  # fmt: skip
-    try:
-        url = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable, "-m", "recap_fast", "train", str(file),
-            "--set", f"rollout.server.urls=[{url}]",
-        ]  # fmt: skip
-        _wait_for_port(port, serving)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert prompts(tmp_path / "run") == prompts(in_turns)
-        assert serving.poll() is None, "it is there for the next run"
-        without = subprocess.run(
-            [*command, "--overwrite"], cwd=ROOT, capture_output=True, text=True,
-            env={k: v for k, v in environment.items() if k != "RECAP_FAST_SERVER_KEY"},
-        )  # fmt: skip
-        assert without.returncode == 2
-        assert "RECAP_FAST_SERVER_KEY" in without.stderr + without.stdout
-        started = descendants(serving)
-    finally:
-        serving.send_signal(signal.SIGINT)
-        serving.communicate(timeout=60)
-    gone, alive = psutil.wait_procs(started, timeout=60)
-    assert not alive
+    assert without.returncode == 2
+    assert KEY_VARIABLE in without.stderr + without.stdout
 
 
 def test_a_run_with_images_trains_its_tower_through_a_server(tmp_path: Path) -> None:
