@@ -4,7 +4,8 @@ Between the trainer and vLLM stands a keeper: this file, run as a program. It re
 input, which ends with the trainer however that ends, and then stops vLLM and whatever vLLM has
 started; where vLLM ends by itself, or is killed, it takes the rest of its processes with it. Both
 live in a session of their own: what a scheduler sends to the trainer's group, so that it saves and
-stops, must leave the server to finish the step.
+stops, must leave the server to finish the step. Where the keeper itself is killed, vLLM is told to
+end, and each of its processes ends itself if that does not come about.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,6 +31,8 @@ from typing import IO
 _TERMINATION = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 _TRACKING = 10.0
+_KEEPER = "RECAP_FAST_SERVER_KEEPER"
+"""Environment variable of a server's processes: the keeper's process id and when that started."""
 _PR_SET_PDEATHSIG = 1
 _LOOKS_EVERY = 0.2
 """Seconds between looks at whose files lie in shared memory."""
@@ -123,7 +127,11 @@ class ServerProcess:
 def _keep(command: Sequence[str], lifeline: IO[bytes]) -> int:
     """Runs `command` until it ends or the lifeline does. Returns its exit status."""
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_keeper
+        command,
+        env=os.environ | {_KEEPER: f"{os.getpid()} {_started(os.getpid())}"},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_keeper,
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -195,6 +203,40 @@ def _members(session: int, *, trackers: bool) -> list[int]:
         if int(own) == session and state != "Z" and (trackers or b"resource_tracker" not in line):
             found.append(int(folder.name))
     return found
+
+
+def end_with_keeper() -> None:
+    """Ends this process of a server, if it is one, by force once its keeper has been gone for
+    longer than a server may take to end.
+
+    At a signal vLLM's HTTP process ends its engine, and then waits for requests that it has under
+    way, some of which never end without an engine.
+    """
+    if _KEEPER in os.environ:
+        _watch_keeper()
+        os.register_at_fork(after_in_child=_watch_keeper)
+
+
+def _watch_keeper() -> None:
+    pid, started = map(int, os.environ[_KEEPER].split())
+    threading.Thread(target=_end_after, args=(pid, started), name="keeper", daemon=True).start()
+
+
+def _end_after(pid: int, started: int) -> None:
+    with suppress(ProcessLookupError):
+        ended = os.pidfd_open(pid)
+        if _started(pid) == started:  # or its number has gone to another
+            select.select([ended], [], [])
+    time.sleep(_TERMINATION)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _started(pid: int) -> int | None:
+    """When a process has, in ticks since the machine did; None where there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def _die_with_keeper() -> None:

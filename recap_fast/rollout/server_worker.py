@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recap_fast.rollout.server_process import end_with_keeper
 from recap_fast.rollout.vllm_weights import read_columns
 
 BACKEND = "recap_fast"
@@ -26,8 +27,9 @@ EXTENSION = f"{__name__}.WeightProbe"
 
 
 def register() -> None:
-    """Makes `BACKEND` known to vLLM, in each of its processes. Releases without weight transfer are
-    left alone."""
+    """Makes `BACKEND` known to vLLM, in each of its processes, and has each end with the server's
+    keeper. Releases without weight transfer are left alone."""
+    end_with_keeper()
     try:
         from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
     except ImportError:

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from recap_fast.rollout import server_process
 from recap_fast.rollout.server_process import _LOOKS_EVERY, ServerProcess, free_port, new_key
 
 SHARED = Path("/dev/shm")  # noqa: S108 (looked at only)
@@ -207,6 +209,48 @@ def test_a_server_ends_with_its_keeper(tree: tuple[list[str], Path], tmp_path: P
     assert _wait(lambda: not _lives(server))
     assert process.exit_status == -signal.SIGKILL
     process.stop()
+
+
+# All of TREE deaf to SIGTERM, as a server with a request that never ends. The last one looks for
+# its keeper only after that is gone.
+DEAF = """
+import os, signal, sys, time
+from pathlib import Path
+from recap_fast.rollout import server_process
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+server_process._TERMINATION = 0.3
+if sys.argv[1] == "0":
+    keeper = os.environ[server_process._KEEPER].split()[0]
+    Path(sys.argv[2]).with_name("keeper").write_text(keeper)
+    while Path(f"/proc/{keeper}").exists():
+        time.sleep(0.05)
+server_process.end_with_keeper()
+if sys.argv[1] == "2" and not os.fork():
+    Path(sys.argv[2]).with_name("forked").write_text(str(os.getpid()))
+""".strip()
+
+
+def test_a_server_that_does_not_end_with_its_keeper_is_killed(
+    tree: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    command, numbers = tree
+    Path(command[1]).write_text(TREE.replace("time.sleep(600)", f"{DEAF}\ntime.sleep(600)"))
+    process = _start(command, numbers, tmp_path / "server.log")
+    assert _wait((tmp_path / "keeper").exists)
+    assert _wait(lambda: len(_numbers(tmp_path / "forked")) == 1)
+    members = _numbers(numbers) + _numbers(tmp_path / "forked")
+    time.sleep(0.6)
+    assert all(map(_lives, members)), "as long as the keeper lives"
+    process._keeper.kill()
+    process._keeper.wait()
+    assert _wait(lambda: not any(map(_lives, members)))
+
+
+def test_nobody_ends_without_a_keeper_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(server_process._KEEPER, raising=False)
+    threads = threading.active_count()
+    server_process.end_with_keeper()
+    assert threading.active_count() == threads
 
 
 def test_the_log_says_why_it_ended(tmp_path: Path) -> None:
