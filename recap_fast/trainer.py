@@ -210,6 +210,7 @@ class Trainer:
         self.world.on_main(lambda: self._start_metrics(overwrite))
         self._first_step = self.step
         self._has_learnt = self._owes_checkpoint = False
+        self._not_synced: Exception | None = None  # why the engine lacks the last step's weights
 
     def _prepare_folder(self, resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to resume from. Rank 0 looks, and alone writes into the folder later."""
@@ -269,6 +270,8 @@ class Trainer:
                     if row is None:  # stopped before the optimizer step: nothing has changed
                         break
                     try:
+                        if self._not_synced is not None:
+                            raise self._not_synced
                         if self._is_due(self.config.evaluation.every, self.config.evaluation.after):
                             self.world.stage = f"evaluating after step {self.step}"
                             row |= self._evaluate(stop)
@@ -325,8 +328,12 @@ class Trainer:
         self.step += 1
         updated = time.perf_counter()
         self.world.stage = f"giving the engine the weights of step {self.step}"
-        with suppress(SamplingStoppedError):  # the loop ends, and nothing is sampled any more
-            self._sync_weights()
+        try:
+            with suppress(SamplingStoppedError):  # the loop ends, and nothing is sampled any more
+                self._sync_weights()
+        except (UserError, WeightSyncError) as error:
+            # What was learnt is saved: its prompts count as trained on, and its row is written.
+            self._not_synced = error
         self.source.trained(
             self.step, step_feedback(self.config, from_device, rollouts, rewards, self.world)
         )

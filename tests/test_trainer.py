@@ -26,7 +26,7 @@ from recap_fast.trainer import Trainer
 from recap_fast.training.checkpoint import CheckpointError, list_checkpoints
 from recap_fast.training.rollout_source import sampling_of
 from recap_fast.training.run_folder import lock_folder
-from recap_fast.types import UserError
+from recap_fast.types import UserError, WeightSyncError
 from tests.tiny import save_tiny_model, tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -133,7 +133,7 @@ from recap_fast.config import load_config
 from recap_fast.model.errors import ModelError
 from recap_fast.training.run_folder import lock_folder
 from recap_fast.trainer import Trainer
-from recap_fast.types import UserError
+from recap_fast.types import UserError, WeightSyncError
 trainer = Trainer(load_config(sys.argv[1]))
 start = trainer.scorer.start
 def start_or_die(*args):
@@ -364,6 +364,30 @@ def test_a_stop_that_leaves_the_engine_without_weights_saves_the_step(tmp_path, 
     assert not any(name.startswith("eval/") for name in rows[-1])
     if last < 3:
         assert train(config, resume=True).step == 3
+
+
+def test_a_step_whose_weights_do_not_reach_the_engine_is_not_trained_again(tmp_path, model):
+    config = tiny_config(tmp_path, model, "training.steps=3")
+    trainer = Trainer(config)
+    sync = trainer.engine.sync_weights
+
+    def sync_weights(weights, version):
+        if version == 2:
+            raise WeightSyncError("no server is left")
+        sync(weights, version)
+
+    trainer.engine.sync_weights = sync_weights
+    with pytest.raises(WeightSyncError, match="no server is left"):
+        trainer.train()
+    trainer.close()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000002"
+    train(config, resume=True)
+    other = tmp_path / "unbroken"
+    other.mkdir()
+    train(tiny_config(other, model, "training.steps=3"))
+    assert without_times(read_metrics(tmp_path / "run")) == without_times(
+        read_metrics(other / "run")
+    )
 
 
 def test_absent_objectives_push_nothing(tmp_path, model):
