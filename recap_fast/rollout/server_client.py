@@ -91,6 +91,9 @@ class ServerClient:
                 params=params,
                 timeout=httpx.Timeout(timeout, connect=_PROMPT_WAIT, pool=None),
             )
+        except httpx.ConnectTimeout:
+            problem = f"took no connection within {_PROMPT_WAIT:g} s"
+            raise ServerTrouble(f"{what}: {where} {problem}") from None
         except httpx.TimeoutException:
             raise ServerTrouble(f"{what}: {where} gave no answer within {timeout:g} s") from None
         except httpx.HTTPError as error:

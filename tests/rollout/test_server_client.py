@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import socket
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from recap_fast.rollout import server_client
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient, ServerTrouble
 from recap_fast.rollout.server_label import OtherRunError
@@ -185,6 +188,21 @@ def test_an_error_says_what_was_asked_where_and_what_helps(
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(ServerTrouble, match=r"http://127\.0\.0\.1:9/pause cannot be reached"):
         ask("http://127.0.0.1:9", lambda client: client.pause(recompute=False))
+
+
+def test_a_server_that_takes_no_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as sampling may take, but not for as long as a connection may."""
+    monkeypatch.setattr(server_client, "_PROMPT_WAIT", 0.3)
+    with socket.socket() as full, ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        with pytest.raises(ServerTrouble, match=rf"{url}/.* took no connection within 0\.3 s"):
+            ask(url, lambda client: client.generate(REQUEST, 3))
 
 
 def test_whether_anybody_listens(server: FakeServer) -> None:
