@@ -219,7 +219,7 @@ class ServerClient:
             return read_completions(answer, request, version)
         except EngineError:
             raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise ServerTrouble(f"{what}: {self.url} answered nonsense: {problem}") from None
 

@@ -105,7 +105,8 @@ def read_completions(
 
     Raises:
         OtherRunError: tokens are from weights of another run.
-        KeyError, TypeError, ValueError: it is not an answer to this request.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: it is not an answer to
+            this request.
         EngineError: images became other tokens than the trainer's.
     """
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])

@@ -68,6 +68,16 @@ def test_a_completion_has_a_version_for_every_token() -> None:
     assert completions[0].versions == [3, 3, 4]
 
 
+def sample(server: FakeServer, answer: Any) -> Any:
+    """What is made of an answer of that server."""
+    server._generate = lambda _: (200, answer)  # type: ignore[method-assign]
+    return ask(server.url, lambda client: client.generate(REQUEST, 3), run="0badf00d")
+
+
+def test_a_server_s_answer_is_read(server: FakeServer) -> None:
+    assert [one.token_ids for one in sample(server, ANSWER)] == [[5, 6, 7]] * 2
+
+
 def _without_a_choice(answer: Any) -> None:
     answer["choices"].pop()
 
@@ -116,20 +126,30 @@ def _never_given_weights(answer: Any) -> None:
     answer["choices"][0]["weight_versions"][0]["version"] = "default"
 
 
+def _an_infinite_token(answer: Any) -> None:
+    answer["choices"][0]["token_ids"][0] = float("inf")
+
+
+def _a_version_that_is_no_text(answer: Any) -> None:
+    answer["choices"][0]["weight_versions"][0]["version"] = None
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         _without_a_choice, _with_twice_the_same, _aborted, _empty, _too_long, _other_tokens,
         _not_a_number, _positive, _without_versions, _versions_with_a_gap, _versions_too_short,
-        _never_given_weights,
+        _never_given_weights, _an_infinite_token, _a_version_that_is_no_text,
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )  # fmt: skip
-def test_an_answer_that_is_none_is_refused(damage: Callable[[Any], None]) -> None:
+def test_an_answer_that_is_none_is_refused(
+    damage: Callable[[Any], None], server: FakeServer
+) -> None:
     answer = copy.deepcopy(ANSWER)
     damage(answer)
-    with pytest.raises((KeyError, TypeError, ValueError)):
-        read_completions(answer, REQUEST, STEP_OF)
+    with pytest.raises(ServerTrouble, match="test:4: http://.* answered nonsense: "):
+        sample(server, answer)
 
 
 @pytest.mark.parametrize("label", ["deadbeef:3", "3", "somebody"])
