@@ -13,6 +13,7 @@ from recap_fast.data.images import load_image_encoder
 from recap_fast.model.model_path import resolve_model
 from recap_fast.rollout.server_command import (
     KEY_VARIABLE,
+    check_gpus,
     check_installed,
     is_loopback,
     server_command,
@@ -58,6 +59,9 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     check_installed(takes_images=images is not None)
     settings = config.rollout
     cuda = torch.cuda.is_available()
+    gpus = range(settings.tensor_parallel_size) if cuda else None
+    if gpus is not None:
+        check_gpus(gpus)
     command = server_command(
         settings,
         model_path=str(path),
@@ -73,7 +77,6 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
         adapter_rank=None if adapters is None else adapters.rank,
     )
     logger.info("serving %s at %s; attach with --set 'rollout.server.urls=[%s]'", path, url, url)
-    gpus = range(settings.tensor_parallel_size) if cuda else None
     environment = server_environment(key, gpus, takes_adapters=adapters is not None)
     process = ServerProcess(command, environment, log=None)
     try:

@@ -37,6 +37,7 @@ from recap_fast.rollout.server_check import check_server
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_command import (
     KEY_VARIABLE,
+    check_gpus,
     check_installed,
     is_loopback,
     server_command,
@@ -195,8 +196,12 @@ class ServerEngine:
             clients = [self._client(url, key) for url in settings.urls]
             return [(client, None) for client in clients]
 
+        size = self._config.tensor_parallel_size
+
         def choose() -> list[Any]:
             check_installed(takes_images=self._vision is not None)
+            if device.type == "cuda":
+                check_gpus(range(first_gpu, first_gpu + settings.count * size))
             ports: set[int] = set()
             while len(ports) < settings.count:
                 ports.add(free_port())
@@ -204,7 +209,6 @@ class ServerEngine:
 
         found: list[tuple[ServerClient, Callable[[], ServerProcess] | None]] = []
         for place, (port, key) in enumerate(self._agree(choose)):
-            size = self._config.tensor_parallel_size
             gpus = range(first_gpu + place * size, first_gpu + (place + 1) * size)
             start = partial(
                 ServerProcess,

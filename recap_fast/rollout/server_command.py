@@ -49,6 +49,22 @@ def check_installed(takes_images: bool) -> None:
         )
 
 
+def check_gpus(gpus: range) -> None:
+    """Raises `EngineError` where servers would need GPUs that are not there.
+
+    Args:
+        gpus: of those that this process sees; the ones before them train.
+    """
+    seen = torch.cuda.device_count()
+    if gpus.stop > seen:
+        raise EngineError(
+            f"servers need {len(gpus)} GPUs behind the {gpus.start} that train, and of {seen} that "
+            f"are seen here {max(0, seen - gpus.start)} are left: lower rollout.server.count, "
+            f"rollout.tensor_parallel_size or the processes that train, or see whether "
+            f"CUDA_VISIBLE_DEVICES names all"
+        )
+
+
 def server_command(
     config: RolloutConfig,
     *,
@@ -149,6 +165,7 @@ def server_environment(
     """Of a server process: this process's, without what torchrun has added.
 
     Args:
+        gpus: of those that this process sees; None on a CPU.
         takes_adapters: whether it loads adapters at its routes, which its key must guard.
     """
     assert key is not None or not takes_adapters
@@ -172,7 +189,10 @@ def server_environment(
         environment[_RUNTIME_ADAPTERS] = "1"
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        # There they have the names that the host gives them, not their places in what is seen here.
+        seen = environment.get("CUDA_VISIBLE_DEVICES")
+        names = list(map(str, gpus)) if seen is None else seen.split(",")[gpus.start : gpus.stop]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return environment
 
 

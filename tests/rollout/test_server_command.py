@@ -1,0 +1,32 @@
+"""How a server of ours is started: its environment and GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recap_fast.rollout.protocol import EngineError
+from recap_fast.rollout.server_command import check_gpus, server_environment
+
+
+@pytest.mark.parametrize(
+    ("seen", "names"),
+    [(None, "1,2"), ("4,5,6,7", "5,6"), ("GPU-a,GPU-b,GPU-c", "GPU-b,GPU-c"), ("4", "")],
+)
+def test_servers_have_those_of_the_gpus_that_the_run_sees(
+    seen: str | None, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one is of a process on another node, which starts none."""
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert server_environment("key", range(1, 3))["CUDA_VISIBLE_DEVICES"] == names
+
+
+def test_gpus_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_gpus(range(2, 4))
+    wanted = "need 4 GPUs behind the 2 that train, and of 4 that are seen here 2 are left"
+    with pytest.raises(EngineError, match=f"{wanted}: lower rollout.server.count"):
+        check_gpus(range(2, 6))
