@@ -453,7 +453,8 @@ def _check_server(url: str) -> str:
     import httpx
 
     from recap_fast.config import check_url
-    from recap_fast.rollout.server_command import KEY_VARIABLE, is_loopback
+    from recap_fast.rollout.protocol import EngineError
+    from recap_fast.rollout.server_command import KEY_VARIABLE, is_loopback, server_key
 
     def ask(route: str, key: str | None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -464,7 +465,8 @@ def _check_server(url: str) -> str:
 
     try:
         url = check_url(url).rstrip("/")
-    except ValueError as error:
+        key = server_key()
+    except (ValueError, EngineError) as error:
         raise _Said(str(error)) from None
     routes = ("/is_paused", "/weight_info", "/v1/models")
     open_routes = [route for route in routes if ask(route, None).is_success]
@@ -479,7 +481,6 @@ def _check_server(url: str) -> str:
             f"export {KEY_VARIABLE}=$(openssl rand -hex 32)",
             "recap-fast serve CONFIG --host HOST",
         )
-    key = os.environ.get(KEY_VARIABLE)
     refused = [route for route in routes if ask(route, key).status_code == 401]
     if refused and not key:
         raise Mendable(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 
 import torch
@@ -18,6 +17,7 @@ from recap_fast.rollout.server_command import (
     is_loopback,
     server_command,
     server_environment,
+    server_key,
 )
 from recap_fast.rollout.server_process import ServerProcess
 from recap_fast.types import UserError
@@ -39,7 +39,7 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     """
     host = host.strip("[]")  # of IPv6, as in a URL
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    key = os.environ.get(KEY_VARIABLE)
+    key = server_key()
     if key is None and not is_loopback(url):
         raise UserError(
             f"--host {host} lets others reach routes that replace the model's weights: set a key "

@@ -293,6 +293,8 @@ def test_a_server_with_a_guard_wants_the_right_key(
     assert "does not take the key" in doctor.attempt(check).detail
     monkeypatch.setenv("RECAP_FAST_SERVER_KEY", "right")
     assert doctor.attempt(check).detail == "vllm 0.32.0, wants its key"
+    monkeypatch.setenv("RECAP_FAST_SERVER_KEY", "two\nlines")
+    assert "RECAP_FAST_SERVER_KEY has characters" in doctor.attempt(check).detail
 
 
 def test_a_key_that_is_not_set_is_not_called_wrong(

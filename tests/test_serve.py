@@ -54,8 +54,11 @@ def test_loopback_of_ipv6_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         serve(config, "::1", 8000)
     with pytest.raises(UserError, match="the model"):
         serve(config, "[::1]", 8000)
-    with pytest.raises(UserError, match="--host :: lets others reach"):
-        serve(config, "::", 8000)
+    for empty in (None, ""):
+        if empty is not None:
+            monkeypatch.setenv("RECAP_FAST_SERVER_KEY", empty)
+        with pytest.raises(UserError, match="--host :: lets others reach"):
+            serve(config, "::", 8000)
 
 
 def test_a_port_that_is_free_is_none_of_these() -> None:

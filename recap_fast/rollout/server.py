@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -36,12 +35,12 @@ from recap_fast.rollout.server_adapters import NamedAdapters
 from recap_fast.rollout.server_check import check_server
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_command import (
-    KEY_VARIABLE,
     check_gpus,
     check_installed,
     is_loopback,
     server_command,
     server_environment,
+    server_key,
 )
 from recap_fast.rollout.server_label import OtherRunError, new_run
 from recap_fast.rollout.server_member import Member
@@ -192,7 +191,7 @@ class ServerEngine:
     ) -> list[tuple[ServerClient, Callable[[], ServerProcess] | None]]:
         settings = self._config.server
         if settings.urls:
-            key = os.environ.get(KEY_VARIABLE)
+            key = server_key()
             clients = [self._client(url, key) for url in settings.urls]
             return [(client, None) for client in clients]
 

@@ -26,6 +26,22 @@ _CPU_BLOCK_SIZE = 32
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def server_key() -> str | None:
+    """The key of servers that others have started, without the line's end that files add; None
+    where none is set.
+
+    Raises:
+        EngineError: it has what cannot be sent.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise EngineError(
+            f"{KEY_VARIABLE} has characters that no header may have: wanted printable ASCII, as "
+            f"of `openssl rand -hex 32`"
+        )
+    return key or None
+
+
 def check_installed(takes_images: bool) -> None:
     """Raises `EngineError` where no server can be started from this environment.
 

@@ -1,4 +1,4 @@
-"""How a server of ours is started: its environment and GPUs."""
+"""How a server of ours is started: its environment, key and GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from recap_fast.rollout.protocol import EngineError
-from recap_fast.rollout.server_command import check_gpus, server_environment
+from recap_fast.rollout.server_command import (
+    KEY_VARIABLE,
+    check_gpus,
+    server_environment,
+    server_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,3 +35,27 @@ def test_gpus_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = "need 4 GPUs behind the 2 that train, and of 4 that are seen here 2 are left"
     with pytest.raises(EngineError, match=f"{wanted}: lower rollout.server.count"):
         check_gpus(range(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("given", "key"), [(None, None), ("", None), (" \n", None), ("secret\n", "secret")]
+)
+def test_a_key_is_read_without_what_surrounds_it(
+    given: str | None, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's last line ends in a line's end, which no header may have."""
+    if given is None:
+        monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(KEY_VARIABLE, given)
+    assert server_key() == key
+
+
+@pytest.mark.parametrize("key", ["sécret", "two\nlines"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(EngineError, match=f"{KEY_VARIABLE} has characters") as caught:
+        server_key()
+    assert key not in str(caught.value)
