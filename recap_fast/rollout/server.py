@@ -415,7 +415,7 @@ class ServerEngine:
     def read_columns(self, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
         """See `VllmEngine.read_columns`. Of layers that have adapters beside them, nothing."""
         adapted = {} if self._adapted is None else adapter_scales(self._adapted)
-        found = self._run(self._pool.members[0].client.columns(shapes, count))
+        found = self._run(self._pool.columns(shapes, count))
         return {n: x for n, x in found.items() if n.removesuffix(".weight") not in adapted}
 
     def close(self) -> None:

@@ -11,8 +11,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Literal
+
+from torch import Tensor
 
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_adapters import NamedAdapters
@@ -369,6 +371,15 @@ class ServerPool:
         for member in self.members:
             if member.state == "starting":
                 member.state = "up"
+
+    async def columns(self, shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, Tensor]:
+        """See `ServerClient.columns`: those of the first server that answers; nothing where none
+        does."""
+        for member in self.members:
+            if member.state == "up":
+                with suppress(ServerTrouble):
+                    return await member.client.columns(shapes, count)
+        return {}
 
     # Bringing servers back
 

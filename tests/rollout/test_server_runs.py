@@ -161,6 +161,31 @@ def test_each_server_has_a_port_and_a_key_of_its_own(monkeypatch: pytest.MonkeyP
     assert sent == [f"Bearer {key}" for key in keys]
 
 
+def test_weights_are_read_back_from_a_server_that_is_there(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What explains a mismatch must not end the run for another reason."""
+    asked: list[str] = []
+
+    async def columns(client: ServerClient, *_: Any) -> dict[str, torch.Tensor]:
+        asked.append(client.url)
+        await client.own_version()
+        return WEIGHTS
+
+    monkeypatch.setattr(ServerClient, "columns", columns)
+    other = FakeServer()
+    engine = engine_at(server.url, other.url)
+    try:
+        engine.sync_weights(WEIGHTS.items(), 1)
+        server.die()
+        assert engine.read_columns({}, 2) == WEIGHTS
+        assert asked == [server.url, other.url]
+        other.die()
+        assert engine.read_columns({}, 2) == {}
+    finally:
+        engine.close()
+
+
 def test_a_run_that_is_to_stop_waits_for_no_server(server: FakeServer) -> None:
     stop: list[int] = []
     engine = engine_at(server.url)
