@@ -178,7 +178,8 @@ def adapter_options(config: RolloutConfig, rank: int) -> dict[str, int]:
 def server_environment(
     key: str | None, gpus: range | None, *, takes_adapters: bool = False
 ) -> dict[str, str]:
-    """Of a server process: this process's, without what torchrun has added.
+    """Of a server process: this process's, without what torchrun has added, or would overrule its
+    command line.
 
     Args:
         gpus: of those that this process sees; None on a CPU.
@@ -188,6 +189,7 @@ def server_environment(
     ours = {
         "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
         "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_CPU_KVCACHE_SPACE",
     }  # fmt: skip
     environment = {
         name: value

@@ -29,6 +29,12 @@ def test_servers_have_those_of_the_gpus_that_the_run_sees(
     assert server_environment("key", range(1, 3))["CUDA_VISIBLE_DEVICES"] == names
 
 
+def test_the_cache_of_a_server_is_the_configuration_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's variable goes before its option."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment("key", None)
+
+
 def test_gpus_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     check_gpus(range(2, 4))
