@@ -142,7 +142,11 @@ class ServerEngine:
             members = self._make_members(command, logs, device, first_gpu)
             self._pool = self._run(self._make_pool(members))
             check = partial(
-                check_server, model_path=model_path, sizes=sizes, max_model_len=max_model_len
+                check_server,
+                model_path=model_path,
+                sizes=sizes,
+                dtype=self.dtype,
+                max_model_len=max_model_len,
             )
             self._run(self._pool.start(check))
             self.version = self._run(self._pool.members[0].client.version())

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Mapping
 
+import torch
+
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import BACKEND_HINT, ServerClient, ServerTrouble
 from recap_fast.rollout.server_label import OtherRunError
@@ -18,12 +20,18 @@ _LEAVING = 5.0
 
 
 async def check_server(
-    client: ServerClient, *, model_path: str, sizes: Mapping[str, str], max_model_len: int
+    client: ServerClient,
+    *,
+    model_path: str,
+    sizes: Mapping[str, str],
+    dtype: torch.dtype,
+    max_model_len: int,
 ) -> None:
     """Looks at a server that a run is about to take.
 
     Args:
         sizes: of the run's model, as `model_sizes` gives them.
+        dtype: that the run's servers compute in.
         max_model_len: longest prompt and completion together, in tokens.
 
     Raises:
@@ -33,7 +41,7 @@ async def check_server(
     await _check_release(client)
     text = await client.weight_version()  # raises where the control routes are not there
     served = await client.models()
-    await _check_model(client, model_path, sizes, served)
+    await _check_model(client, model_path, sizes, dtype, served)
     longest = max(served.values(), default=0)
     if longest < max_model_len:
         raise EngineError(
@@ -57,7 +65,11 @@ async def _check_release(client: ServerClient) -> None:
 
 
 async def _check_model(
-    client: ServerClient, model_path: str, sizes: Mapping[str, str], served: Mapping[str, int]
+    client: ServerClient,
+    model_path: str,
+    sizes: Mapping[str, str],
+    dtype: torch.dtype,
+    served: Mapping[str, int],
 ) -> None:
     try:
         found = await client.describe()
@@ -77,6 +89,12 @@ async def _check_model(
             f"the server at {client.url} serves another model than the run's: {named} has "
             f"{', '.join(different) or 'no sizes'}, and the run trains {model_path}: "
             f"{BACKEND_HINT} of this run"
+        )
+    wanted = str(dtype).removeprefix("torch.")
+    if found.get("dtype", wanted) != wanted:
+        raise EngineError(
+            f"the server at {client.url} computes in {found['dtype']}, and the run has its "
+            f"rollouts in {wanted} (rollout.dtype): {BACKEND_HINT} of this run"
         )
     if found.get("backend") != BACKEND:
         raise EngineError(

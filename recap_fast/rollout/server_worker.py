@@ -71,10 +71,13 @@ class WeightProbe:
         return {}
 
     def recap_fast_model(self) -> dict[str, str]:
-        """`model_sizes`, and under "backend" how it takes weights, if it does."""
+        """`model_sizes`; under "dtype" what it computes in, and under "backend" how it takes
+        weights, if it does."""
         transfer = self.model_runner.vllm_config.weight_transfer_config
         backend = {} if transfer is None else {"backend": str(transfer.backend)}
-        return model_sizes(self.model_runner.model_config.hf_text_config) | backend
+        model = self.model_runner.model_config
+        dtype = str(model.dtype).removeprefix("torch.")
+        return model_sizes(model.hf_text_config) | {"dtype": dtype} | backend
 
     def recap_fast_digests(self, shapes: str, count: str) -> dict[str, str]:
         """`digest` of up to `count` columns of each weight, in the dtype that is computed in.

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from recap_fast.rollout import server_check
 from recap_fast.rollout.protocol import EngineError
@@ -31,7 +32,13 @@ def check(server: FakeServer, max_model_len: int = 128) -> None:
     async def run() -> None:
         client = ServerClient(server.url, key=None, timeout=2.0, run="0badf00d")
         try:
-            await check_server(client, model_path="/mine", sizes=SIZES, max_model_len=max_model_len)
+            await check_server(
+                client,
+                model_path="/mine",
+                sizes=SIZES,
+                dtype=torch.float32,
+                max_model_len=max_model_len,
+            )
         finally:
             await client.close()
 
@@ -65,6 +72,15 @@ def test_another_model_is_named_before_its_length(server: FakeServer) -> None:
     server.model["hidden_size"] = "77"
     with pytest.raises(EngineError, match="serves another model"):
         check(server, max_model_len=1000)
+
+
+def test_a_server_of_another_dtype_is_refused(server: FakeServer) -> None:
+    """Its digests would never be those of what it was sent."""
+    server.model["dtype"] = "float32"
+    check(server)
+    server.model["dtype"] = "bfloat16"
+    with pytest.raises(EngineError, match=r"in bfloat16, .* in float32 \(rollout\.dtype\)"):
+        check(server)
 
 
 @pytest.mark.parametrize("backend", [None, "nccl"])
