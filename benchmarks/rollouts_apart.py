@@ -108,17 +108,13 @@ def main() -> int:
         console.print("trainer and server need a core each, and this process may use one alone")
         return 2
     port = free_port()
-    # vLLM would leave one of its cores to its scheduler, and has one.
-    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(last)}
     command = on_cores([last], "serve", str(EXAMPLE), "--port", str(port))
     command += ["--set", "rollout.engine=vllm_server"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         url, said = f"http://127.0.0.1:{port}", folder / "server.log"
         with said.open("wb") as log:
-            server = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             with console.status("starting the server"):
                 wait_ready(url, server, said)
