@@ -533,7 +533,9 @@ class ServerPool:
         for task in filter(None, tasks):
             task.cancel()
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
-        for member in self.members:
-            await member.client.close()
-            if member.process is not None:
-                await asyncio.to_thread(member.process.stop)
+        await in_full(self._stop(member) for member in self.members)
+
+    async def _stop(self, member: Member) -> None:
+        await member.client.close()
+        if member.process is not None:
+            await asyncio.to_thread(member.process.stop)

@@ -25,7 +25,7 @@ def start_engine(
     world: World,
     *,
     kv_cache_bytes: int | None = None,
-    logs: Path = Path("logs"),
+    logs: Path,
 ) -> RolloutEngine:
     """`make_engine` for what a run trains or evaluates. All its processes call it together.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -153,7 +154,8 @@ def _evaluate_model(config: TrainConfig, path: str, world: World) -> dict[str, f
     with RewardScorer(config.data.sources, config.objectives, config.rewards) as scorer:
         policy = world.together(lambda: load_sharded_policy(config.model, path, world.mesh))
         policy.check_length(config.max_sequence_tokens)
-        engine = start_engine(config, policy, base, tokenizer, images, world)
+        logs = Path(config.run) / "logs"
+        engine = start_engine(config, policy, base, tokenizer, images, world, logs=logs)
         try:
             engine.sync_weights(iter_weights(policy.model, engine.dtype))
             return Evaluator(config, policy, engine, scorer, stream, world).run()
