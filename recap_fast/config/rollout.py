@@ -137,8 +137,8 @@ class RolloutConfig(Section):
     """Rollouts cut at `max_new_tokens` do not enter the loss, and are not compared with the others
     of their group (DAPO). The reward "overlong" is the softer way."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The engine's dtype. auto: bfloat16 for vLLM, the trained float32 weights for transformers on
-    a CPU."""
+    """The engine's dtype. auto: for vLLM as `model.dtype`'s, the trained float32 weights for
+    transformers on a CPU."""
     max_logprob_diff: float | None = Field(0.5, gt=0)
     """Stop when the mean |difference| between the engine's and the trainer's log-probs of the
     sampled tokens passes this. None: only warn."""

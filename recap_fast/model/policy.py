@@ -31,6 +31,7 @@ from recap_fast.model.lora import (
     load_adapters,
 )
 from recap_fast.model.model_path import SMOLLM2
+from recap_fast.model.precision import compute_dtype
 from recap_fast.model.sharding import compute_device, inside, is_sharded, shard_model
 from recap_fast.model.train_mode import enter_train_mode
 from recap_fast.model.vision import is_vision_language, make_adapter
@@ -292,7 +293,7 @@ def weight_dtype(
         published: of a base under adapters: its files' dtype, which it stays in where that is what
             is computed in.
     """
-    compute: torch.dtype = getattr(torch, config.dtype)
+    compute = compute_dtype(config.dtype, pick_device(config.device))
     return compute if not trainable or published == compute else torch.float32
 
 
@@ -320,7 +321,7 @@ def make_policy(
         path: what messages call the model, and adapters their base; a folder of adapters is read.
         device: where a model on the meta device will have its weights; None: where it is.
     """
-    compute_dtype = getattr(torch, config.dtype)
+    dtype = compute_dtype(config.dtype, pick_device(config.device))
     _choose_trained(model, config, path, trainable, seed)
     if trainable:
         enter_train_mode(model)
@@ -330,11 +331,11 @@ def make_policy(
     else:
         model.eval()
     name = attention or config.attention
-    backend = choose_attention(name, path, model, compute_dtype, device)
+    backend = choose_attention(name, path, model, dtype, device)
     vision_backend = SDPA
     if is_vision_language(model.config):
-        vision_backend = choose_vision_attention(name, path, model, compute_dtype, device)
-    policy = Policy(model, compute_dtype, backend, vision_backend)
+        vision_backend = choose_vision_attention(name, path, model, dtype, device)
+    policy = Policy(model, dtype, backend, vision_backend)
     if policy.vision is not None and not config.train_vision:
         policy.vision.tower.requires_grad_(False)
     narrow_tower(policy)

@@ -49,18 +49,28 @@ class MetricsWriter:
         config: the run's configuration.
         start_step: steps already done. Rows of later steps, left by the process that is being
             resumed, are removed; at 0 all rows are.
+        compute_dtype: what `model.dtype: auto` has come to; the report names it.
 
     Raises:
         ConfigError: `logging.wandb` is set and wandb is not installed.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        start_step: int = 0,
+        compute_dtype: str | None = None,
+    ) -> None:
         self._names = [objective.name for objective in config.objectives]
         self._count = config.logging.rollouts_per_step
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _truncate(run_dir / name, start_step)
-        machine = json.dumps(describe_machine(), indent=2)
+        found = describe_machine()
+        if compute_dtype is not None:
+            found["compute_dtype"] = compute_dtype
+        machine = json.dumps(found, indent=2)
         (run_dir / MACHINE_FILE).write_text(machine + "\n", encoding="utf-8")
         self._wandb = _start_wandb(run_dir, config) if config.logging.wandb else None
         self._tensorboard = None

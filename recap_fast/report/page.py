@@ -285,8 +285,9 @@ def _counter_section(history: RunHistory) -> str:
 
 def _facts_section(history: RunHistory, config: TrainConfig, machine: dict[str, Any]) -> str:
     rollouts = f"{config.rollout.group_size} a prompt, up to {config.rollout.max_new_tokens} tokens"
+    dtype = machine.get("compute_dtype", config.model.dtype)
     facts: list[tuple[str, str]] = [
-        ("model", f"{config.model.path}, computing in {config.model.dtype}"),
+        ("model", f"{config.model.path}, computing in {dtype}"),
         ("method", _method(config)),
         *[("source", _describe_source(source)) for source in config.data.sources],
         ("batch", f"{config.data.batch_size} rows a step, mixing {_mixing(config)}"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recap_fast.config import RolloutConfig
 from recap_fast.model.lora import adapter_rank, adapter_scales, base_weights, whole_adapters
+from recap_fast.model.precision import compute_dtype
 from recap_fast.model.vision import VisionAdapter
 from recap_fast.rollout.protocol import (
     EngineError,
@@ -102,7 +103,7 @@ class ServerEngine:
         agree: Callable[[Callable[[], Any]], Any] = lambda make: make(),
         adapted: PreTrainedModel | None = None,
     ) -> None:
-        self.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.dtype = compute_dtype(config.dtype, device)
         self._config = config
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.config import RolloutConfig
+from recap_fast.model.precision import compute_dtype
 from recap_fast.model.vision import VisionAdapter
 from recap_fast.rollout.protocol import (
     EngineError,
@@ -114,7 +115,7 @@ class VllmEngine:
         import vllm
 
         self.version = vllm.__version__
-        self.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.dtype = compute_dtype(config.dtype, device)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._weight_names = weight_names

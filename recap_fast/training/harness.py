@@ -18,6 +18,7 @@ from recap_fast.config import TrainConfig
 from recap_fast.model.lora import base_of, is_adapter
 from recap_fast.model.model_path import resolve_model
 from recap_fast.model.policy import load_tokenizer, pick_device
+from recap_fast.model.precision import compute_dtype
 from recap_fast.types import UserError
 
 Harness = Literal["lm-eval", "lmms-eval"]
@@ -110,7 +111,9 @@ def _model_arguments(
     if harness == "lm-eval":
         name = "hf-multimodal" if kind in _LMMS_MODELS else "hf"
         peft = {} if adapters is None else {"peft": adapters}
-        return name, {"pretrained": path, "dtype": config.model.dtype, **peft}
+        computed = compute_dtype(config.model.dtype, pick_device(config.model.device))
+        dtype = str(computed).removeprefix("torch.")
+        return name, {"pretrained": path, "dtype": dtype, **peft}
     if kind not in _LMMS_MODELS:
         known = ", ".join(_LMMS_MODELS)
         raise HarnessError(f"lmms-eval is wanted for a model of type {kind}; it runs {known} here")

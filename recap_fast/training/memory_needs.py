@@ -114,7 +114,7 @@ class Planner:
         self.sleeps = config.rollout.sleep
         self.has_servers = config.rollout.engine == "vllm_server"
         self.on_cpu = config.model.device == "cpu"
-        narrow = config.model.dtype == "bfloat16"
+        narrow = config.model.dtype != "float32"
         self.value = 2 if narrow else FLOAT32
         self.engine_value = FLOAT32 if config.rollout.dtype == "float32" else 2
         self.kernels = Kernels(

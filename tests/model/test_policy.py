@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def test_trained_weights_are_float32_and_a_reference_is_frozen(folder):
-    config = ModelConfig(path=str(folder), device="cpu")
+    config = ModelConfig(path=str(folder), dtype="bfloat16", device="cpu")
     policy = load_policy(config, str(folder))
     assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.model.parameters())
     assert policy.compute_dtype == torch.bfloat16

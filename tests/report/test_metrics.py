@@ -174,6 +174,9 @@ def test_the_machine_is_recorded(tmp_path: Path) -> None:
     machine = json.loads((tmp_path / "machine.json").read_text())
     assert machine["versions"]["torch"].startswith("2.")
     assert machine["cpu_cores"] >= 1
+    assert "compute_dtype" not in machine
+    MetricsWriter(tmp_path, make_config(tmp_path, 3), compute_dtype="float32").close()
+    assert json.loads((tmp_path / "machine.json").read_text())["compute_dtype"] == "float32"
 
 
 def shown(tmp_path: Path, terminal: bool) -> str:

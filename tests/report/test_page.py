@@ -185,6 +185,14 @@ def test_gaps_and_nulls(tmp_path: Path) -> None:
     assert "nan" not in text.lower()
 
 
+def test_the_dtype_is_the_one_that_was_computed_in(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("plots"))
+    machine = json.loads((run / "machine.json").read_text())
+    (run / "machine.json").write_text(json.dumps(machine | {"compute_dtype": "float32"}))
+    assert "computing in float32" in write_report(run).read_text()
+
+
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no such folder"):
         write_report(tmp_path / "missing")
