@@ -362,7 +362,7 @@ def _choose_trained(
     model.requires_grad_(trainable)
     if not is_adapter(path) and not (trainable and config.lora):
         return
-    narrow_frozen(model, getattr(torch, config.dtype))
+    narrow_frozen(model, compute_dtype(config.dtype, pick_device(config.device)))
     vision = make_adapter(model)
     frozen = None if vision is None or config.train_vision else vision.tower
     if is_adapter(path):

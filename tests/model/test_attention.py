@@ -563,7 +563,7 @@ def test_a_loaded_model_asks_for_its_own_heads(folder, monkeypatch, caplog):
 
     monkeypatch.setattr("recap_fast.model.attention_choice.choose_backend", choose)
     caplog.set_level(logging.DEBUG, "recap_fast.model.attention_choice")
-    policy = load_policy(ModelConfig(path=folder, device="cpu"), folder)
+    policy = load_policy(ModelConfig(path=folder, dtype="bfloat16", device="cpu"), folder)
     assert policy.attention is DOCUMENTED
     assert asked == [("auto", AttentionNeeds(torch.device("cpu"), torch.bfloat16, 4, 2, 12))]
     assert "documented; varlen is broken" in caplog.text

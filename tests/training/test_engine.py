@@ -31,6 +31,6 @@ def test_one_process_leads(rank: int, tmp_path: Path, monkeypatch: pytest.Monkey
     assert second is not policy.model
     assert not any(parameter.requires_grad for parameter in second.parameters())
 
-    engine.start_engine(config, policy, str(path), tiny_tokenizer(), None, ALONE)
+    engine.start_engine(config, policy, str(path), tiny_tokenizer(), None, ALONE, logs=tmp_path)
     assert given["leads"]
     assert given["detached"] is None, "the trained module itself"
