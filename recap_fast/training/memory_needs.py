@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
+import torch
+
 from recap_fast.config import TrainConfig
 from recap_fast.model.checkpointing import LayerModes, Mode
 from recap_fast.model.gathering import BUCKET_BYTES
+from recap_fast.model.precision import compute_dtype
 from recap_fast.model.shapes import ModelShapes
 from recap_fast.rollout.sent_weights import PIECE
 from recap_fast.rollout.server_command import is_loopback
@@ -114,9 +117,9 @@ class Planner:
         self.sleeps = config.rollout.sleep
         self.has_servers = config.rollout.engine == "vllm_server"
         self.on_cpu = config.model.device == "cpu"
-        narrow = config.model.dtype != "float32"
-        self.value = 2 if narrow else FLOAT32
-        self.engine_value = FLOAT32 if config.rollout.dtype == "float32" else 2
+        device = torch.device("cpu" if self.on_cpu else "cuda")
+        self.value = compute_dtype(config.model.dtype, device).itemsize
+        self.engine_value = compute_dtype(config.rollout.dtype, device).itemsize
         self.kernels = Kernels(
             self.value, config.model.liger and not self.on_cpu, "cpu" if self.on_cpu else "cuda"
         )

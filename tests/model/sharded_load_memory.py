@@ -38,7 +38,7 @@ def growth(work: Callable[[], Any]) -> tuple[int, Any]:
 def main(folder: str, small: str) -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
-    config = ModelConfig(path=folder, device="cpu")
+    config = ModelConfig(path=folder, dtype="bfloat16", device="cpu")
     sharded_load.load_sharded_policy(config, small, mesh)  # imports what takes memory too
     read_part, read, anonymous = sharded_load._read_part, [], []
 

@@ -69,7 +69,7 @@ def is_tied(policy: Policy) -> bool:
 
 def compare(folder: str, mesh: DeviceMesh, options: dict[str, Any]) -> dict[str, Any]:
     trainable = options.pop("trainable", True)
-    config = ModelConfig(path=folder, device="cpu", **options)
+    config = ModelConfig(path=folder, device="cpu", **{"dtype": "bfloat16"} | options)
     policy = load_sharded_policy(config, folder, mesh, trainable=trainable)
     wanted = load_policy(config, folder, trainable=trainable)
     parameters = list(policy.model.parameters())

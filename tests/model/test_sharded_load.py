@@ -78,7 +78,8 @@ def check(results: list[dict[str, Any]], tied: set[str] = frozenset()) -> None: 
 
 def save_adapters(folder: Path, base: Path) -> Path:
     """As a run leaves them."""
-    policy = load_policy(ModelConfig(path=str(base), device="cpu", lora=LORA), str(base))
+    config = ModelConfig(path=str(base), dtype="bfloat16", device="cpu", lora=LORA)
+    policy = load_policy(config, str(base))
     saved = {name: torch.randn(t.shape) for name, t in saved_adapters(policy.model).items()}
     save_settings(policy.model, folder)
     save_file(saved, folder / ADAPTERS_FILE)
@@ -159,7 +160,7 @@ def test_a_process_takes_up_its_share_of_memory_and_reads_it_alone(tmp_path: Pat
 
 def load(folder: Path, **changes: Any) -> PreTrainedModel:
     """On one process, without shards: all but the reading of parts."""
-    config = ModelConfig(path=str(folder), device="cpu")
+    config = ModelConfig(path=str(folder), dtype="bfloat16", device="cpu")
     auto_class, model_config = find_class(config, str(folder), torch.device("cpu"), True)
     for name, value in changes.items():
         setattr(model_config, name, value)
