@@ -178,6 +178,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def model_dtype(config: ModelConfig) -> torch.dtype:
+    """What the model computes in on its device."""
+    return compute_dtype(config.dtype, pick_device(config.device))
+
+
 def _window(config: Any) -> int | None:
     """Tokens that a layer attends to at most; None for all of them. Models without a list of
     layers' types have the window in each."""
@@ -293,7 +298,7 @@ def weight_dtype(
         published: of a base under adapters: its files' dtype, which it stays in where that is what
             is computed in.
     """
-    compute = compute_dtype(config.dtype, pick_device(config.device))
+    compute = model_dtype(config)
     return compute if not trainable or published == compute else torch.float32
 
 
@@ -321,7 +326,7 @@ def make_policy(
         path: what messages call the model, and adapters their base; a folder of adapters is read.
         device: where a model on the meta device will have its weights; None: where it is.
     """
-    dtype = compute_dtype(config.dtype, pick_device(config.device))
+    dtype = model_dtype(config)
     _choose_trained(model, config, path, trainable, seed)
     if trainable:
         enter_train_mode(model)
@@ -362,7 +367,7 @@ def _choose_trained(
     model.requires_grad_(trainable)
     if not is_adapter(path) and not (trainable and config.lora):
         return
-    narrow_frozen(model, compute_dtype(config.dtype, pick_device(config.device)))
+    narrow_frozen(model, model_dtype(config))
     vision = make_adapter(model)
     frozen = None if vision is None or config.train_vision else vision.tower
     if is_adapter(path):

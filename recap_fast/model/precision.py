@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-DtypeName = Literal["auto", "float32", "bfloat16"]
 
-
-def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+def compute_dtype(
+    name: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> torch.dtype:
     """The dtype of this name; "auto": bfloat16 where the device has instructions for it, as every
     CUDA device that is supported and CPUs with AVX512-BF16 or AMX have; float32 elsewhere, where
     bfloat16 is emulated and takes several times as long."""

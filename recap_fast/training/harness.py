@@ -17,8 +17,7 @@ from typing import Any, Literal
 from recap_fast.config import TrainConfig
 from recap_fast.model.lora import base_of, is_adapter
 from recap_fast.model.model_path import resolve_model
-from recap_fast.model.policy import load_tokenizer, pick_device
-from recap_fast.model.precision import compute_dtype
+from recap_fast.model.policy import load_tokenizer, model_dtype, pick_device
 from recap_fast.types import UserError
 
 Harness = Literal["lm-eval", "lmms-eval"]
@@ -111,8 +110,7 @@ def _model_arguments(
     if harness == "lm-eval":
         name = "hf-multimodal" if kind in _LMMS_MODELS else "hf"
         peft = {} if adapters is None else {"peft": adapters}
-        computed = compute_dtype(config.model.dtype, pick_device(config.model.device))
-        dtype = str(computed).removeprefix("torch.")
+        dtype = str(model_dtype(config.model)).removeprefix("torch.")
         return name, {"pretrained": path, "dtype": dtype, **peft}
     if kind not in _LMMS_MODELS:
         known = ", ".join(_LMMS_MODELS)
