@@ -272,7 +272,7 @@ def make_environment(folder: Path) -> None:
     command = folder / ".venv" / "bin" / "recap-fast"
     command.write_text(
         f"#!{folder}/.venv/bin/python\nimport sys\nfrom recap_fast.cli import main\n"
-        f'if __name__ == "__main__":\n    sys.exit(main())\n'  # reward workers import it
+        f'if __name__ == "__main__":\n    sys.exit(main())\n'  # as pip's: vLLM's import it
     )
     launcher = command.with_name("torchrun")
     launcher.write_text(

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin from 3.11 on
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +36,7 @@ from recap_fast.config import RewardsConfig, RewardSpec, SourceConfig
 from recap_fast.rewards.functions import BUILTIN
 from recap_fast.rewards.resolve import RewardError, RewardFunction, resolve
 from recap_fast.rewards.unreadable import Unreadable, describe
+from recap_fast.rewards.worker_context import TO_GROUPS, worker_context
 from recap_fast.types import Objective, RewardSample, RewardTable, Rollout
 
 __all__ = ["RewardError", "RewardScorer", "Scoring"]
@@ -45,9 +45,6 @@ _HEAVY_MODULES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
 _START_SECONDS = 180.0  # they import sympy, on what may be a busy machine
 _SILENT_SECONDS = 60.0
 _BATCHES_PER_WORKER = 4  # evens out their load
-
-_TO_GROUPS = (signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else ()
-"""What schedulers, torchrun and terminals send to all processes of a group to end the run."""
 
 _Outcome = tuple[str, Any]
 """("value", float), ("absent", None), ("unreadable", why), or how it failed and why."""
@@ -75,12 +72,12 @@ def _start_worker(specs: Sequence[RewardSpec]) -> None:
 def _leave_group() -> None:
     """Spares this worker what is sent to the trainer's process group, so that the step in flight
     can end: one that dies as it takes a job leaves the pool locked, and the job with nobody."""
-    if not _TO_GROUPS:
+    if not TO_GROUPS:
         return
     os.setpgrp()
-    while came := signal.sigpending() & set(_TO_GROUPS):  # while it was of the group
+    while came := signal.sigpending() & set(TO_GROUPS):  # while it was of the group
         signal.sigwait(came)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_GROUPS)  # the pool stops it by one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_GROUPS)  # the pool stops it by one
     _die_with_parent()
 
 
@@ -284,11 +281,13 @@ class RewardScorer:
         from pebble import ProcessPool
 
         specs = [reward.spec for reward in self.rewards]
+        used = {spec.function for spec in specs}
+        heavy = [module for name, module in _HEAVY_MODULES.items() if name in used]
         self.pool = ProcessPool(
             max_workers=self.config.workers,
             initializer=_start_worker,
             initargs=(specs,),
-            context=_worker_context(specs),
+            context=worker_context([__name__, *heavy]),
         )
         try:
             problems = self.pool.schedule(_worker_problems).result(timeout=_START_SECONDS)
@@ -485,29 +484,7 @@ class Scoring:
 def _not_started(error: BaseException) -> RewardError:
     timed_out = isinstance(error, FutureTimeoutError)
     why = f"no answer within {_START_SECONDS:g} s" if timed_out else describe(error)
-    return RewardError(
-        f"the reward workers did not start ({why}); a script that trains needs "
-        f'`if __name__ == "__main__":` around what it runs'
-    )
-
-
-def _worker_context(specs: Sequence[RewardSpec]) -> Any:
-    """Workers are forked from a small server process that has the verifiers' libraries loaded:
-    replacing a killed worker then takes milliseconds. Forking this process would not be safe, it
-    has threads of torch and vLLM."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    used = {spec.function for spec in specs}
-    heavy = [module for name, module in _HEAVY_MODULES.items() if name in used]
-    context.set_forkserver_preload(["recap_fast.rewards.scorer", *heavy])
-    # The server inherits what is blocked here, and so outlives what ends the group.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_GROUPS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return RewardError(f"the reward workers did not start: {why}")
 
 
 def _validate(source: SourceConfig, objective: str, spec: RewardSpec) -> None:
