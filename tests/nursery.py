@@ -16,9 +16,16 @@ import sys
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import transformers  # noqa: F401
+from transformers import (  # noqa: F401 (transformers imports what is asked for, when it is)
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import recap_fast.trainer  # noqa: F401
 
