@@ -170,6 +170,8 @@ def test_two_processes_train_adapters_that_their_server_loads_by_name(
         assert row["staleness/max"] == 0
         assert row["rollout/logprob_diff_mean"] < 1e-4
         assert row["rollout/reissued_requests"] == 0
+    left = [line for line in map(_line, psutil.process_iter()) if str(tmp_path) in line]
+    assert not left, "no server and no worker outlives the run"
 
 
 def test_a_run_in_turns_is_that_of_an_engine_in_process(
@@ -220,8 +222,8 @@ def test_a_run_ahead_trains_on_the_same_prompts(
 
 
 def train_in_two(file: Path, bound: int, *arguments: str) -> list[dict[str, Any]]:
-    """What two processes that share a server report of each step. One of them leads: it starts the
-    server, where none is attached, and gives it the weights of both."""
+    """What two processes that share a server report of each step. One of them leads: it gives the
+    server the weights of both."""
     train(file, *arguments, processes=2)
     rows = read_metrics(file.parent / "run")[1:]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -229,8 +231,6 @@ def train_in_two(file: Path, bound: int, *arguments: str) -> list[dict[str, Any]
     assert rows[0]["rollout/logprob_diff_mean"] < 1e-4, "the weights of both shards arrived"
     assert 1 <= max(row["staleness/max"] for row in rows) <= bound
     assert sum(row["rollout/reissued_requests"] for row in rows) == 0
-    left = [line for line in map(_line, psutil.process_iter()) if str(file.parent) in line]
-    assert not left, "no server and no worker outlives the run"
     return rows
 
 
@@ -241,10 +241,12 @@ def test_two_processes_train_on_the_prompts_of_one(
     assert prompts(tmp_path / "run") == prompts(in_turns)
 
 
-def test_two_processes_replace_groups_ahead(tmp_path: Path, model: Path) -> None:
+def test_two_processes_replace_groups_ahead(
+    tmp_path: Path, model: Path, attached: list[str]
+) -> None:
     """Rollouts of an odd sum are all rewarded alike, and such groups are replaced."""
     rows = train_in_two(
-        write_config(tmp_path, model, depth=1, max_staleness=2), 2,
+        write_config(tmp_path, model, depth=1, max_staleness=2), 2, *attached,
         "--set", "rollout.dynamic_sampling={max_refills: 2}",
         "--set", "data.sources.0.rewards={even: 'tests.tiny_rewards:even_only'}",
     )  # fmt: skip
@@ -269,8 +271,9 @@ def descendants(process: subprocess.Popen[Any]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_resumes_and_leaves_nothing_behind(
-    number: signal.Signals, tmp_path: Path, model: Path, in_turns: Path
+    number: signal.Signals, tmp_path: Path, model: Path, in_turns: Path, attached: list[str]
 ) -> None:
+    """It resumes at a server that has the weights of another run."""
     file = write_config(tmp_path, model, depth=1)
     run = tmp_path / "run"
     process = start(file)
@@ -286,7 +289,7 @@ def test_a_run_that_is_ended_resumes_and_leaves_nothing_behind(
     assert process.returncode == (-number if number == signal.SIGKILL else 0), said
     gone, alive = psutil.wait_procs(started, timeout=60)
     assert not alive, [p.cmdline() for p in alive]
-    train(file, "--resume")
+    train(file, "--resume", *attached)
     assert prompts(run) == prompts(in_turns)
     assert [row["step"] for row in read_metrics(run)][-STEPS:] == list(range(1, STEPS + 1))
 

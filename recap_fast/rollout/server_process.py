@@ -205,16 +205,18 @@ def _members(session: int, *, trackers: bool) -> list[int]:
     return found
 
 
-def end_with_keeper() -> None:
+def end_with_keeper() -> bool:
     """Ends this process of a server, if it is one, by force once its keeper has been gone for
-    longer than a server may take to end.
+    longer than a server may take to end. Returns whether it is one.
 
     At a signal vLLM's HTTP process ends its engine, and then waits for requests that it has under
     way, some of which never end without an engine.
     """
-    if _KEEPER in os.environ:
-        _watch_keeper()
-        os.register_at_fork(after_in_child=_watch_keeper)
+    if _KEEPER not in os.environ:
+        return False
+    _watch_keeper()
+    os.register_at_fork(after_in_child=_watch_keeper)
+    return True
 
 
 def _watch_keeper() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import multiprocessing
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +31,25 @@ EXTENSION = f"{__name__}.WeightProbe"
 def register() -> None:
     """Makes `BACKEND` known to vLLM, in each of its processes, and has each end with the server's
     keeper. Releases without weight transfer are left alone."""
-    end_with_keeper()
+    if end_with_keeper():
+        _fork_engine()
     try:
         from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
     except ImportError:
         return
     if BACKEND not in Factory._registry:
         Factory.register_engine(BACKEND, "recap_fast.rollout.server_transfer", "TransferEngine")
+
+
+def _fork_engine() -> None:
+    """On a CPU vLLM would spawn its engine, which then imports all that the HTTP process has
+    imported: 20 s of a core and half a GiB. There is no CUDA that a fork would break."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.engine import utils
+
+        utils.get_mp_context = partial(multiprocessing.get_context, "fork")
 
 
 def digest(columns: Tensor) -> str:

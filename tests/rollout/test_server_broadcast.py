@@ -126,6 +126,8 @@ def test_a_server_that_is_killed_comes_back_with_the_weights(
     engine: Any, kind: str, model: LlamaForCausalLM, prompts: list[Prompt]
 ) -> None:
     """All of them; what comes after is what has changed again, if it was before."""
+    if kind == "nccl":
+        pytest.skip("as nccl_sparse, which sends all of them the first time")
     perturb(model, "norm", 0.5)
     engine.sync_weights(iter_weights(model, engine.dtype), 8)
     sent(engine)

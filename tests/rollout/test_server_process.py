@@ -249,7 +249,7 @@ def test_a_server_that_does_not_end_with_its_keeper_is_killed(
 def test_nobody_ends_without_a_keeper_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(server_process._KEEPER, raising=False)
     threads = threading.active_count()
-    server_process.end_with_keeper()
+    assert not server_process.end_with_keeper()
     assert threading.active_count() == threads
 
 
