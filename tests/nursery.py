@@ -1,13 +1,14 @@
 """Processes that have imported everything before they start.
 
 Importing torch, transformers and the trainer takes a rank ten seconds of a core, more than most
-tests of several ranks. This program imports them once, and is forked into the ranks of one test
-after another. It starts what is asked for on its standard input, a JSON line each, and answers with
-a line when all ranks have ended.
+tests of several ranks, and vLLM another ten. This program imports them once, with the modules that
+it is given, and is forked into the ranks of one test after another. It starts what is asked for on
+its standard input, a JSON line each, and answers with a line when all ranks have ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -31,6 +32,8 @@ import recap_fast.trainer  # noqa: F401
 
 
 def main() -> None:
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     # What is left by a test must not be in the way of the next, nor be waited for.
     for line in iter(sys.stdin.readline, ""):

@@ -22,14 +22,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 class _Nursery:
     """The process that is forked into ranks (tests/nursery.py), once it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, task: dict[str, Any], timeout: float) -> list[list[int]] | None:
         """[[rank, status]] of the ranks that failed; None where they took too long."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "nursery.py")],
+                [sys.executable, str(ROOT / "tests" / "nursery.py"), *self._modules],
                 env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             atexit.register(self._process.kill)
@@ -49,10 +50,16 @@ class _Nursery:
 
 
 _nursery = _Nursery()
+_with_vllm = _Nursery("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker")
 
 
 def run_ranks(
-    script: Path, processes: int, folder: Path, *arguments: str, timeout: float = 180
+    script: Path,
+    processes: int,
+    folder: Path,
+    *arguments: str,
+    timeout: float = 180,
+    vllm: bool = False,
 ) -> list[dict[str, Any]]:
     """What each rank of `script` reported with `report`, by rank.
 
@@ -62,6 +69,7 @@ def run_ranks(
     Args:
         folder: an empty one, such as tmp_path, for the reports.
         timeout: seconds, after which all are killed and the test fails with their output.
+        vllm: whether they need that.
     """
     output = folder / "output.txt"
     output.unlink(missing_ok=True)
@@ -76,7 +84,7 @@ def run_ranks(
         "output": str(output),
         "environment": ENVIRONMENT | {"REPORT_FOLDER": str(folder)},
     }
-    failed = _nursery.run(task, timeout)
+    failed = (_with_vllm if vllm else _nursery).run(task, timeout)
     if failed is None:
         pytest.fail(f"{script.name}: {processes} ranks took over {timeout} s\n{output.read_text()}")
     assert not failed, f"ranks and their status: {failed}\n{output.read_text()}"

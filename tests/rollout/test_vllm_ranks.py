@@ -48,7 +48,8 @@ def run(folder: Path, model: Path, processes: int, *overrides: str) -> dict[str,
     config = tiny_config(folder, model, *SETTINGS, *overrides)
     save_config(config, folder / "full.yaml")
     script = Path(__file__).with_name("vllm_ranks.py")
-    reports = run_ranks(script, processes, folder, str(folder / "full.yaml"), timeout=600)
+    file = str(folder / "full.yaml")
+    reports = run_ranks(script, processes, folder, file, timeout=600, vllm=True)
     rows = read_metrics(Path(config.run))
     return {"rows": rows, "reports": reports, "samples": samples(config)}
 
