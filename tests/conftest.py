@@ -14,18 +14,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Lets Triton kernels run in its interpreter, on CPU tensors, unless a GPU is to be tested.
 
     The choice must be made before the first import, and holds for the whole process. At
     `pytest_configure` it is too late: the conftests of inner folders may have imported Triton.
     """
+    parser.addoption(
+        "--variants", metavar="I/N", default="0/1",
+        help="of the tests marked `variant` every Nth alone, from the one of number I on",
+    )  # fmt: skip
     options = pluginmanager.get_plugin("pytestconfig").known_args_namespace
     if options.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_variants(config, items)
+    _skip_without_gpu(items)
+
+
+def _leave_variants(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects the variants that another `--variants` runs. Those of one `group` stay together."""
+    turn, turns = map(int, config.getoption("variants").split("/"))
+    groups: dict[str, int] = {}
+    left = []
+    for item in items:
+        if marker := item.get_closest_marker("variant"):
+            group = groups.setdefault(marker.kwargs.get("group", item.nodeid), len(groups))
+            if group % turns != turn % turns:
+                left.append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
     """Skips the tests marked `gpu`, with the reason, where they cannot run."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

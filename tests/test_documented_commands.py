@@ -169,8 +169,18 @@ def collect(text: str) -> list[str]:
     return [re.sub(r"(^|\s)\.venv/bin/(?=recap-fast|python)", r"\1", command) for command in found]
 
 
+PAGE_OF: dict[str, Path] = {}
+for page in reversed(PAGES):
+    PAGE_OF |= dict.fromkeys(collect(page.read_text("utf-8")), page)
 DOCUMENTED = list(dict.fromkeys(c for page in PAGES for c in collect(page.read_text("utf-8"))))
-RUN = [command for command in DOCUMENTED if command not in NOT_RUN]
+RUN = [
+    pytest.param(
+        command, id=command,
+        marks=[] if PAGE_OF[command] == PAGES[0] else pytest.mark.variant(group=PAGE_OF[command]),
+    )
+    for command in DOCUMENTED if command not in NOT_RUN
+]  # fmt: skip
+"""A page's own, in order: what it makes is used further down."""
 
 
 def test_commands_are_found():
@@ -335,7 +345,7 @@ def check_run(run: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("command", RUN, ids=RUN)
+@pytest.mark.parametrize("command", RUN)
 def test_command_does_what_is_printed(command, clone):
     prepare(command, clone)
     # As a user's shell, with the environment activated; pytest and make have added to this one.

@@ -313,12 +313,13 @@ NOISE: dict[str, Any] = {
 }
 
 
+slow, variant = pytest.mark.slow, pytest.mark.variant
 QUICK_NOISE = ("exponential", "one reward", "negative")
 
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in QUICK_NOISE else pytest.param(kind, marks=pytest.mark.slow) for kind in NOISE],
+    [pytest.param(kind, marks=[] if kind in QUICK_NOISE else [slow, variant]) for kind in NOISE],
 )
 def test_noise_alone_moves_no_weight(kind: str) -> None:
     rows = NOISE[kind](np.random.default_rng(14), 5).astype(np.float64)

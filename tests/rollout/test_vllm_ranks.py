@@ -67,7 +67,12 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "sharing"),
-    [(2, 1), (2, 2), (4, 2), (4, 4)],
+    [
+        (2, 1),
+        pytest.param(2, 2, marks=pytest.mark.variant),
+        (4, 2),
+        pytest.param(4, 4, marks=pytest.mark.variant),
+    ],
     ids=["an engine each", "one engine", "two engines of two", "more processes than KV heads"],
 )
 def test_processes_sample_what_one_samples(
@@ -89,7 +94,10 @@ def test_processes_sample_what_one_samples(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "sharing"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("processes", "sharing"),
+    [*(pytest.param(*c, marks=pytest.mark.variant) for c in ((1, 1), (2, 1))), (2, 2)],
+)
 def test_a_stop_of_the_whole_process_group_saves(
     tmp_path: Path, model: Path, processes: int, sharing: int
 ) -> None:
@@ -111,7 +119,11 @@ def test_a_stop_of_the_whole_process_group_saves(
     ("settings", "message"),
     [
         ("rollout.tensor_parallel_size=3", "which does not divide the 2 processes"),
-        ("distributed.replicas=1", "does not divide the model's 1 attention heads"),
+        pytest.param(
+            "distributed.replicas=1",
+            "does not divide the model's 1 attention heads",
+            marks=pytest.mark.variant,
+        ),
     ],
 )
 def test_an_engine_that_cannot_be_shared_ends_all(

@@ -158,6 +158,7 @@ def test_two_processes_train_adapters_as_one(tmp_path: Path, models: dict[bool, 
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_adapters_go_on_with_another_number_of_processes(
     tmp_path: Path, models: dict[bool, Path]
 ) -> None:
@@ -216,8 +217,13 @@ def test_two_processes_draw_the_same_refills(tmp_path: Path, models: dict[bool, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "replicas"),
+    [
+        (True, 2),
+        *(pytest.param(*c, marks=pytest.mark.variant) for c in ((True, 1), (False, 1), (False, 2))),
+    ],
+)
 def test_four_processes_train_as_one(
     tmp_path: Path, models: dict[bool, Path], tied: bool, replicas: int
 ) -> None:
@@ -229,7 +235,10 @@ def test_four_processes_train_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixing", ["{sums: 1, words: 0}", "{sums: 0, words: 1}"])
+@pytest.mark.parametrize(
+    "mixing",
+    ["{sums: 1, words: 0}", pytest.param("{sums: 0, words: 1}", marks=pytest.mark.variant)],
+)
 def test_processes_without_one_kind_of_rows(
     tmp_path: Path, models: dict[bool, Path], mixing: str
 ) -> None:
@@ -239,7 +248,11 @@ def test_processes_without_one_kind_of_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trained_tower", [False, True], ids=["frozen tower", "trained tower"])
+@pytest.mark.parametrize(
+    "trained_tower",
+    [pytest.param(False, marks=pytest.mark.variant), True],
+    ids=["frozen tower", "trained tower"],
+)
 def test_two_processes_train_on_images_as_one(tmp_path: Path, trained_tower: bool) -> None:
     """Rows of no image, one, or two; a reference for the KL term; weights synced into the engine's
     own model, whose log-probs would show it."""

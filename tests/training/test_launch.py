@@ -120,6 +120,7 @@ def test_a_stop_saves_and_resuming_goes_on(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_a_launcher_that_is_killed_leaves_nobody_behind(tmp_path: Path, model: Path) -> None:
     """And its processes save, but for a rare run on a busy machine in which one of them is gone
     before the others have heard of it: seen once, cause unknown."""
@@ -136,7 +137,7 @@ def test_a_launcher_that_is_killed_leaves_nobody_behind(tmp_path: Path, model: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.variant), 1])
 def test_a_killed_process_ends_all_and_resuming_goes_on(
     tmp_path: Path, model: Path, rank: int
 ) -> None:
@@ -174,7 +175,12 @@ def log_of(config: TrainConfig, rank: int) -> str:
     ("fault", "rank", "expected"),
     [
         ("raise", 1, "rank 1: failed while updating in step 2: KeyError: 'lm_head'"),
-        ("memory", 0, "rank 0: out of memory while updating in step 2: "),
+        pytest.param(
+            "memory",
+            0,
+            "rank 0: out of memory while updating in step 2: ",
+            marks=pytest.mark.variant,
+        ),
     ],
 )
 def test_a_process_that_fails_in_a_step_ends_all(
@@ -192,6 +198,7 @@ def test_a_process_that_fails_in_a_step_ends_all(
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_nan_gradients_in_one_process_skip_the_step_in_all(tmp_path: Path, model: Path) -> None:
     config = tiny_config(tmp_path, model, "training.steps=2")
     done = finished(config, program=faulty("nan", 1, 1))
@@ -221,7 +228,7 @@ def count(text: str, said: str) -> int:
         pytest.param(
             "rollout.engine=vllm rollout.sleep=true",
             "vllm sleeps on CUDA only",
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.variant],
         ),
     ],
     ids=["processes", "model", "engine"],
@@ -238,6 +245,7 @@ def test_what_is_wrong_is_said_once(
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_a_resume_with_another_optimizer_state_is_refused_once(tmp_path: Path, model: Path) -> None:
     config = tiny_config(tmp_path, model, *UNEVALUATED, "training.steps=1")
     trainer = Trainer(config)
@@ -277,6 +285,7 @@ def test_a_run_that_can_never_save_goes_on_and_says_so_once_a_save(
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_the_newest_checkpoint_is_named_where_the_last_fails(tmp_path: Path, model: Path) -> None:
     config = tiny_config(tmp_path, model, *UNEVALUATED, "training.steps=4", "checkpoint.every=2")
     done = finished(config, program=faulty("full", 0, 3), processes=1)

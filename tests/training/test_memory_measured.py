@@ -42,11 +42,18 @@ _MANY_PARAMETERS = _SHAPES["parameters, a large vocabulary"]
 for _state in ("bfloat16", "8bit"):
     _settings = _MANY_PARAMETERS[1] | {"state": _state}
     _SHAPES[f"AdamW's moments, {_state}"] = (_MANY_PARAMETERS[0], _settings, 128)
+_ALWAYS = ("selective checkpointing", "AdamW's moments, 8bit")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux's /proc/self/clear_refs")
-@pytest.mark.parametrize("name", _SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.variant)
+        for name in _SHAPES
+    ],
+)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(name: str) -> None:
     fields, settings, length = _SHAPES[name]
     config = measured_memory.make_config(**settings)

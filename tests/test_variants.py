@@ -1,0 +1,45 @@
+"""The thirds that CI runs: together they are all tests, and each has all that are no variants."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from tests.conftest import _leave_variants
+
+MARKERS = {
+    "plain": None,
+    "a": {},
+    "page-1": {"group": "page"},
+    "b": {},
+    "page-2": {"group": "page"},
+}
+
+
+def run(variants: str) -> tuple[list[str], list[str]]:
+    """The ids of the tests that are left, and of those that are not."""
+    deselected: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    config: Any = SimpleNamespace(getoption=lambda _: variants, hook=hook)
+    items: list[Any] = [
+        SimpleNamespace(
+            nodeid=name,
+            get_closest_marker=lambda _, kwargs=kwargs: (
+                None if kwargs is None else SimpleNamespace(kwargs=kwargs)
+            ),
+        )
+        for name, kwargs in MARKERS.items()
+    ]
+    _leave_variants(config, items)
+    return [item.nodeid for item in items], [item.nodeid for item in deselected]
+
+
+def test_every_variant_has_its_turn() -> None:
+    kept = [run(f"{turn}/3")[0] for turn in range(3)]
+    assert kept == [["plain", "a"], ["plain", "page-1", "page-2"], ["plain", "b"]]
+    assert run("4/3") == run("1/3")
+    assert run("1/3")[1] == ["a", "b"]
+
+
+def test_all_are_run_unless_told_otherwise() -> None:
+    assert run("0/1") == (list(MARKERS), [])
