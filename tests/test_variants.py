@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,20 +17,21 @@ MARKERS = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Item:
+    nodeid: str
+    kwargs: dict[str, str] | None
+
+    def get_closest_marker(self, _: str) -> Any:
+        return None if self.kwargs is None else self
+
+
 def run(variants: str) -> tuple[list[str], list[str]]:
     """The ids of the tests that are left, and of those that are not."""
     deselected: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
     config: Any = SimpleNamespace(getoption=lambda _: variants, hook=hook)
-    items: list[Any] = [
-        SimpleNamespace(
-            nodeid=name,
-            get_closest_marker=lambda _, kwargs=kwargs: (
-                None if kwargs is None else SimpleNamespace(kwargs=kwargs)
-            ),
-        )
-        for name, kwargs in MARKERS.items()
-    ]
+    items: list[Any] = [Item(*each) for each in MARKERS.items()]
     _leave_variants(config, items)
     return [item.nodeid for item in items], [item.nodeid for item in deselected]
 
