@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recap_fast.config import RolloutConfig
+from recap_fast.rollout import server_pool
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
@@ -240,6 +241,7 @@ def test_a_server_that_stops_answering_is_restarted(
     engine: Any, model: LlamaForCausalLM, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._pool, "_timeout", 15.0)
+    monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 3.0)
     engine.sync_weights(iter_weights(model, engine.dtype), 1)
     futures = in_flight(engine, prompts, 12)
     for process in processes(engine)[1:]:
