@@ -200,7 +200,13 @@ def test_a_run_in_turns_is_that_of_an_engine_in_process(
 
 
 @pytest.mark.parametrize(
-    "asynchronous", [{"depth": 1}, {"depth": 1, "on_update": "recompute", "max_staleness": 3}]
+    "asynchronous",
+    [
+        {"depth": 1},
+        pytest.param(
+            {"depth": 1, "on_update": "recompute", "max_staleness": 3}, marks=pytest.mark.variant
+        ),
+    ],
 )
 def test_a_run_ahead_trains_on_the_same_prompts(
     asynchronous: dict[str, Any],
@@ -241,6 +247,7 @@ def test_two_processes_train_on_the_prompts_of_one(
     assert prompts(tmp_path / "run") == prompts(in_turns)
 
 
+@pytest.mark.variant
 def test_two_processes_replace_groups_ahead(
     tmp_path: Path, model: Path, attached: list[str]
 ) -> None:
@@ -269,7 +276,9 @@ def descendants(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)]
+)
 def test_a_run_that_is_ended_resumes_and_leaves_nothing_behind(
     number: signal.Signals, tmp_path: Path, model: Path, in_turns: Path, attached: list[str]
 ) -> None:

@@ -43,7 +43,16 @@ def make_transfer(kind: str, dtype: Any, device: Any, shapes: Any, timeout: floa
     return transfer.MemoryTransfer(DeviceMemoryWeights(dtype, shapes, allocate))
 
 
-@pytest.fixture(scope="module", params=["nccl", "nccl_sparse", "ipc"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "nccl",
+        *(
+            pytest.param(kind, marks=pytest.mark.variant(group=kind))
+            for kind in ("nccl_sparse", "ipc")
+        ),
+    ],
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -98,7 +98,7 @@ def test_requests_in_flight_end_with_their_own_version(
         give(engine, 2 * attempt + 1)
         old = copy.deepcopy(model[0])
         redraw(model[0], 5 + attempt)
-        futures = in_flight(engine, prompts, 60)
+        futures = in_flight(engine, prompts, 24)
         give(engine, 2 * attempt + 2)
         if left := [future for future in futures if not future.done()]:
             break
