@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -29,9 +30,24 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _thin(items)
     _leave_variants(config, items)
     _skip_without_gpu(items)
+
+
+def _thin(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `thinned(n)` every nth is left as it is; the others become slow
+    variants."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("thinned"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % marker.args[0]:
+                item.add_marker("slow")
+                item.add_marker("variant")
+            cases[name] += 1
 
 
 def _leave_variants(config: pytest.Config, items: list[pytest.Item]) -> None:

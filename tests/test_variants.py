@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from tests.conftest import _leave_variants
+from tests.conftest import _leave_variants, _thin
 
 MARKERS = {
     "plain": None,
@@ -45,3 +45,21 @@ def test_every_variant_has_its_turn() -> None:
 
 def test_all_are_run_unless_told_otherwise() -> None:
     assert run("0/1") == (list(MARKERS), [])
+
+
+def test_of_a_thinned_test_every_third_case_stays() -> None:
+    class Case:
+        def __init__(self, nodeid: str, every: int | None) -> None:
+            self.nodeid, self.args, self.marks = nodeid, (every,), list[str]()
+
+        def get_closest_marker(self, _: str) -> Any:
+            return None if self.args == (None,) else self
+
+        def add_marker(self, mark: str) -> None:
+            self.marks.append(mark)
+
+    items: list[Any] = [Case(f"thin[{i}]", 3) for i in range(5)] + [Case("thick", None)]
+    _thin(items)
+    quick = [item.nodeid for item in items if not item.marks]
+    assert quick == ["thin[0]", "thin[3]", "thick"]
+    assert all(item.marks in ([], ["slow", "variant"]) for item in items)

@@ -176,6 +176,7 @@ def test_block_size_changes_rounding_only(
     torch.testing.assert_close(run(), expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
 def test_softcap_is_as_exact_as_torch(cap: float) -> None:
     hidden = torch.linspace(-60, 60, 301)[:, None] / 8

@@ -70,6 +70,7 @@ def test_float16_gradients_no_longer_vanish(impl: str, options: dict[str, Any]) 
         assert torch.equal(got["outputs"][name], value), name
 
 
+@pytest.mark.thinned(5)
 @both
 @options
 @pytest.mark.parametrize("factor", [SCALE, 1.0, -0.1])
@@ -92,6 +93,7 @@ def test_a_power_of_two_changes_no_bit_where_nothing_underflows(impl: str) -> No
         assert torch.equal(got[name], plain[name]), name
 
 
+@pytest.mark.thinned(5)
 @both
 @options
 @pytest.mark.parametrize("scale", [1e38, float("inf"), float("nan")])

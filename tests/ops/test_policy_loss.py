@@ -73,6 +73,7 @@ def test_error_is_bounded_by_that_of_eager(impl: str, batch: Batch, dtype: torch
     _assert_as_exact_as_eager(batch, dtype, tiny, impl)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("off_policy", [False, True])
 @both
@@ -212,6 +213,7 @@ def test_rewards_become_group_advantages(impl: str) -> None:
     torch.testing.assert_close(again["d_hidden"], got["d_hidden"])
 
 
+@pytest.mark.thinned(3)
 @both
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
@@ -265,6 +267,7 @@ def test_rollout_weights_outside_the_bounds(impl: str, mode: Any, old: bool) -> 
         assert torch.equal(got["d_hidden"][alone], torch.zeros(int(alone.sum()), 8))
 
 
+@pytest.mark.thinned(5)
 @both
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])

@@ -53,6 +53,7 @@ def test_any_number_of_objectives(s: int, k: int) -> None:
     _check(_rewards(torch.Generator().manual_seed(0), s, k), torch.arange(s) % 2)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("normalize", sorted(NORMALIZATIONS))
 @pytest.mark.parametrize("block", [2, 64])
 def test_groups_lie_anywhere(normalize: str, block: int) -> None:
