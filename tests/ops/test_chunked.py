@@ -95,6 +95,7 @@ def test_no_grad_callers_pay_one_gemm() -> None:
     assert seen.gemm_flops == 2 * 30 * 8 * 50
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("impl", "dtype"),
     [

@@ -46,7 +46,7 @@ def _results(
 
 
 @impls
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 9999),
     n=st.integers(0, 20),

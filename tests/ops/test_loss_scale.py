@@ -48,6 +48,7 @@ def _gradients(
     return dict(zip(leaves, found, strict=True)) | {"outputs": outputs(output)}  # type: ignore[dict-item]
 
 
+@pytest.mark.thinned(3)
 @both
 @options
 def test_float16_gradients_no_longer_vanish(impl: str, options: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def _assert_as_exact_as_eager(batch: Batch, dtype: torch.dtype, tiny: float, imp
         assert distance(ours[name], exact) <= bound, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(batches())
 def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
     expected = batch.run("reference", torch.float64)
@@ -62,7 +62,7 @@ def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
 
 
 @both
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(batches(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_error_is_bounded_by_that_of_eager(impl: str, batch: Batch, dtype: torch.dtype) -> None:
     # A weight near a bound may fall on either side: a masked one must be known beforehand.

@@ -32,7 +32,7 @@ def _check(rewards: Tensor, groups: Tensor, normalize: str = "std") -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 9999),
     s=st.integers(0, 12),

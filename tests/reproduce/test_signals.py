@@ -140,6 +140,8 @@ def test_what_is_forgotten_gets_less_weight_not_more() -> None:
     assert cases["loss rises 0.5 to 1 in 100 steps"]["mean"] < 1
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 def test_the_command_writes_what_it_says(tmp_path) -> None:
     result = CliRunner().invoke(app, ["reproduce", "signals", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -107,6 +107,8 @@ def test_measures() -> None:
     assert first.losses[0, 0] == pytest.approx(by_hand(0, -8, -8))
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 def test_the_command_writes_what_it_says(tmp_path) -> None:
     output = tmp_path / "toy"
     arguments = ["reproduce", "toy", "--steps", "60", "--seeds", "1", "--output", str(output)]

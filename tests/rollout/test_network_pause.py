@@ -127,6 +127,7 @@ def test_requests_wait_for_the_only_server(servers: list[FakeServer]) -> None:
     run(servers[:1], body)
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_away_ends_the_run(servers: list[FakeServer]) -> None:
     async def body(state: Run, proxy: PausingProxy) -> None:
         proxy.pause()

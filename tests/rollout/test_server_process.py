@@ -108,7 +108,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("victim", ["server", "nobody"])
+@pytest.mark.parametrize(
+    "victim", ["server", pytest.param("nobody", marks=[pytest.mark.slow, pytest.mark.variant])]
+)
 def test_no_shared_memory_is_left_of_a_worker_that_has_to_be_killed(
     victim: str, tmp_path: Path
 ) -> None:

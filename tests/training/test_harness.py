@@ -31,6 +31,8 @@ def test_lm_eval_scores_a_model(tmp_path: Path, model: Path, task_folder: Path) 
     assert scores["eval/capitals/acc_stderr"] > 0 or scores["eval/capitals/acc"] in (0.0, 1.0)
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 def test_unknown_tasks_name_their_neighbours(tmp_path: Path, model: Path) -> None:
     config = tiny_config(tmp_path, model)
     with pytest.raises(HarnessError, match="knows no task 'gsm8kk'; did you mean .*gsm8k"):
