@@ -30,11 +30,23 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+_LONGEST = (
+    "test_documented_commands.py", "test_server_training.py", "test_on_gpu.py", "test_launch.py",
+    "test_server.py", "test_soak.py", "test_compact_adamw.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _thin(items)
     _leave_variants(config, items)
+    items.sort(key=_place)
     _skip_without_gpu(items)
+
+
+def _place(item: pytest.Item) -> int:
+    """Files that take longest come first, or one of two processes ends with them alone."""
+    return _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST)
 
 
 def _thin(items: list[pytest.Item]) -> None:

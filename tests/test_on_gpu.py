@@ -40,6 +40,7 @@ def records(out: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 @pytest.mark.timeout(920)  # as long as a busy machine takes
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     done = rehearse(tmp_path, RECAP_FAST_FAIL_PART="checks")
