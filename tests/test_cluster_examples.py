@@ -268,6 +268,7 @@ def test_a_port_in_use_is_said(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.variant
 def test_nodes_that_do_not_fit_together_end_alike(tmp_path):
     config = tmp_path / "tiny.yaml"
     settings = tiny_settings(tmp_path, save_tiny_model(tmp_path / "model"))

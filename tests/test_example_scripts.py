@@ -123,6 +123,7 @@ def test_hf_trainer_accumulates_gradients_exactly(
 
 
 @pytest.mark.slow  # three more starts of transformers
+@pytest.mark.variant
 def test_hf_trainer_in_two_processes_equals_one(
     whole: Any, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_run_in_turns_trains_on_what_its_weights_have_sampled(in_turns: Path) 
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.variant
 def test_two_processes_train_adapters_that_their_server_loads_by_name(
     tmp_path: Path, model: Path
 ) -> None:

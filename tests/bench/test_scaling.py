@@ -233,6 +233,7 @@ def test_shares_of_waiting_are_of_the_fastest_timed_step():
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_processes_are_measured():
     (run,) = scaling_runs.measure([2])["runs"]
     assert run["processes"] == 2

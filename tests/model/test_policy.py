@@ -118,6 +118,7 @@ def test_built_in_model_without_its_wheel(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_built_in_model_is_converted_without_a_bar(monkeypatch, tmp_path, capfd):
     """As the first command on a new machine does it, whose live view a bar would tear."""
     pytest.importorskip("gguf")

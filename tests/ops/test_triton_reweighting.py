@@ -98,6 +98,7 @@ def test_equals_the_torch_path(
     retention=st.sampled_from([0.5, 20.0]),
     offset=st.sampled_from([0.0, -1.0, -9.0]),
 )
+@pytest.mark.variant
 def test_retention_equals_the_torch_path(
     seed: int, k: int, window: int, offset: float, **options: Any
 ) -> None:

@@ -290,6 +290,7 @@ def until(check, seconds: float = 120) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.variant
 def test_real_runs_in_other_processes(tmp_path):
     """Killed, resumed and overwritten while one watch sees all of it; Ctrl-C ends that one."""
     config = tiny_config(tmp_path, save_tiny_model(tmp_path / "model"), "training.steps=4")

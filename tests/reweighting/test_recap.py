@@ -133,6 +133,7 @@ def test_recap_is_algorithm_2(data: st.DataObject) -> None:
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
+@pytest.mark.variant
 def test_recap_in_one_launch_is_algorithm_2(data: st.DataObject) -> None:
     check_algorithm_2(data, in_one_launch=True)
 

@@ -242,6 +242,7 @@ class Memorised:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.variant
 def test_models_learn_as_with_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss, which falls a thousandfold, ends within 1 % with bfloat16 and within 20 % with 8
     bits. Rounded to the nearest, bfloat16's second moments stall, and the loss shows it."""

@@ -214,6 +214,7 @@ def test_an_output_that_cannot_be_made(runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_the_command_in_two_processes(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "untied", run)

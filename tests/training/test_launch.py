@@ -262,6 +262,7 @@ def test_a_resume_with_another_optimizer_state_is_refused_once(tmp_path: Path, m
 
 
 @pytest.mark.slow
+@pytest.mark.variant
 def test_a_run_that_can_never_save_goes_on_and_says_so_once_a_save(
     tmp_path: Path, model: Path
 ) -> None:

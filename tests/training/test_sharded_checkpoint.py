@@ -182,7 +182,9 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "step"), [("SIGKILL", "5"), ("SIGTERM", "3")])
+@pytest.mark.parametrize(
+    ("name", "step"), [("SIGKILL", "5"), pytest.param("SIGTERM", "3", marks=pytest.mark.variant)]
+)
 def test_two_processes_resume_after_a_kill_or_a_stop(unbroken, tmp_path, name, step):
     """Bit for bit as if nothing had happened; and so far that one process can go on too."""
     model, whole = unbroken
