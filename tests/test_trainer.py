@@ -178,11 +178,17 @@ def test_balanced_weights_are_those_of_the_pulls_before_and_survive_a_stop(tmp_p
     train(tiny_config(whole, model, *settings))
     expected = without_times(read_metrics(whole / "run"))
     names = ["length", "vowels", "ntp"]
-    assert [expected[1][f"balance/{name}"] for name in names] == [1, 1, 1]
+    assert [expected[1][f"balance/{name}"] for name in names] == pytest.approx([0.95, 1, 1.05])
     pulls = np.array([expected[1][f"gradient_norm/{name}"] for name in names])
     factors = np.array([expected[2][f"balance/{name}"] for name in names])
     assert (pulls > 0).all()  # or the factors below would not follow from them alone
-    np.testing.assert_allclose(factors, (1 / pulls) / (1 / pulls).mean(), rtol=1e-4)
+    inverse = 1 / pulls
+    np.testing.assert_allclose(factors / factors.mean(), inverse / inverse.mean(), rtol=1e-4)
+    for row in expected[1:]:  # lambda, as it enters the loss
+        for name in names:
+            product = row[f"unbalanced_weight/{name}"] * row[f"balance/{name}"]
+            assert row[f"weight/{name}"] == pytest.approx(product)
+        assert sum(row[f"weight/{name}"] for name in names) == pytest.approx(3)
     measured = ["parameter_gradient_norm/ntp" in row for row in expected[1:]]
     assert measured == [True, False, True, False]
 

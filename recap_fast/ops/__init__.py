@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         selective_logprobs,
     )
     from recap_fast.ops.loss_config import PolicyLossConfig
-    from recap_fast.ops.output import PolicyLossOutput, TokenStatistics
+    from recap_fast.ops.output import PolicyLossOutput, TokenStatistics, gradient_norms
     from recap_fast.ops.policy_loss import fused_linear_policy_loss
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TokenStatistics",
     "combined_advantages",
     "fused_linear_policy_loss",
+    "gradient_norms",
     "group_advantages",
     "linear_logprobs",
     "linear_token_statistics",
@@ -44,6 +45,7 @@ __getattr__ = hand_on(
         "fused_linear_policy_loss": "policy_loss",
         "PolicyLossConfig": "loss_config",
         "PolicyLossOutput": "output",
+        "gradient_norms": "output",
         "TokenStatistics": "output",
     },
 )

@@ -154,19 +154,22 @@ def logprob_gradient(tokens: TokenTable, logprobs: Tensor, config: PolicyLossCon
 MIN_REMAINDER = 1e-3
 """A token's objectives cancel where less than this share of their sizes is left of their sum: what
 is left is then rounding, from which no objective's part can be told."""
-MAX_CANCELLED = 0.1
-"""Share of an objective's sum of squared coefficients that cancelled tokens may take with them."""
 
 
 def objective_gradients(
-    tokens: TokenTable, logprobs: Tensor, d_hidden: Tensor, config: PolicyLossConfig
-) -> Tensor:
-    """The sum over tokens of each objective's gradient at the hidden states, [K, H].
+    tokens: TokenTable,
+    logprobs: Tensor,
+    d_hidden: Tensor,
+    config: PolicyLossConfig,
+    loss_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sum over tokens of each objective's gradient at the hidden states [K, H], and [K, 2] of
+    `PolicyLossOutput.objective_squares`.
 
-    All of a token's gradients are multiples of that of its log-prob: what the loss gave to
-    `d_hidden` [N, H], which may be scaled, is d loss / d logprob of them, and L_k's part of it is
+    All of a token's gradients are multiples of that of its log-prob: what the loss times
+    `loss_scale` [] gave to `d_hidden` [N, H] is d loss / d logprob of them, and L_k's part of it is
     d L_k / d logprob over that. Tokens whose objectives cancel have no gradient to be shared out
-    and are left out; NaN for an objective of which they are more than `MAX_CANCELLED`.
+    and are left out.
     """
     by_objective = logprob_gradients(tokens, logprobs, config)
     weighted = by_objective * tokens.weights
@@ -181,9 +184,11 @@ def objective_gradients(
         sums = torch.mm(parts.t().to(d_hidden.dtype), d_hidden, out_dtype=total.dtype)
     else:
         sums = torch.mm(parts.t().to(d_hidden.dtype), d_hidden).to(total.dtype)
+    if loss_scale is not None:
+        sums = sums / loss_scale
     squares = by_objective.square()
-    lost = squares.where(~kept.unsqueeze(1), 0.0).sum(0)
-    return sums.where((lost <= MAX_CANCELLED * squares.sum(0)).unsqueeze(1), torch.nan)
+    left_out = squares.where(~kept.unsqueeze(1), 0.0)
+    return sums, torch.stack([left_out.sum(0), squares.sum(0)], dim=1)
 
 
 def entropy_gradient(tokens: TokenTable, config: PolicyLossConfig) -> Tensor | None:

@@ -34,16 +34,36 @@ class PolicyLossOutput:
     importance_bounded: Tensor | None
     """[N] bool: whether exp(old - rollout) was truncated or masked; None likewise."""
     objective_gradients: Tensor | None = None
-    """[K, H]: sum over tokens of d L_k / d hidden, before lambda; they add up over batches that
-    share denominators. NaN for an objective that other objectives cancel on too many of its tokens.
-    None unless asked for."""
+    """[K, H]: sum over tokens of d L_k / d hidden, before lambda and `loss_scale`. Tokens whose
+    objectives cancel each other are left out. None unless asked for."""
+    objective_squares: Tensor | None = None
+    """[K, 2]: sum over tokens of (d L_k / d logprob)^2: of those that were left out, and of all.
+    None likewise."""
 
     @property
     def gradient_norms(self) -> Tensor | None:
-        """[K]: how strongly each objective pulls: the norms of `objective_gradients`, which is that
-        of L_k's gradient in a bias added to the hidden states."""
-        found = self.objective_gradients
-        return None if found is None else torch.linalg.vector_norm(found, dim=1)
+        """[K]: `gradient_norms` of this batch."""
+        if self.objective_gradients is None or self.objective_squares is None:
+            return None
+        return gradient_norms(self.objective_gradients, self.objective_squares)
+
+
+MAX_LEFT_OUT = 0.1
+"""Share of an objective's sum of squares that tokens which are left out may have."""
+
+
+def gradient_norms(gradients: Tensor, squares: Tensor) -> Tensor:
+    """How strongly each objective pulls, [K]: the norm of L_k's gradient in a bias added to the
+    hidden states. NaN where more than `MAX_LEFT_OUT` of an objective was left out.
+
+    Args:
+        gradients: [K, H], `PolicyLossOutput.objective_gradients`, or their sum over the batches
+            (of whatever process) that share denominators.
+        squares: [K, 2], `PolicyLossOutput.objective_squares`, or the same sum.
+    """
+    left_out, whole = squares.unbind(1)
+    norms = torch.linalg.vector_norm(gradients, dim=1)
+    return norms.where(left_out <= MAX_LEFT_OUT * whole, torch.nan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def fused_linear_policy_loss(
         impl=chosen,
         **{field.name: getattr(config, field.name) for field in fields(config)},
     )
-    rollout_weight, is_bounded, by_objective, *gradients = others
+    rollout_weight, is_bounded, by_objective, squares, *gradients = others
     if learns and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         loss = attach_gradients(loss, hidden, weight, bias, *gradients, arguments.loss_scale)
     return PolicyLossOutput(
@@ -181,6 +181,7 @@ def fused_linear_policy_loss(
         importance_weights=None if config.rollout_is_cap is None else rollout_weight,
         importance_bounded=None if config.rollout_is_cap is None else is_bounded,
         objective_gradients=by_objective if objective_gradients else None,
+        objective_squares=squares if objective_gradients else None,
     )
 
 
@@ -221,7 +222,7 @@ _SCHEMA = """(
     float entropy_coef, float temperature, float? logit_softcap, float? rollout_is_cap,
     str rollout_is_mode, float? rollout_is_min, str logits_dtype
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor)"""
+    Tensor, Tensor, Tensor)"""
 
 
 @torch.library.custom_op(
@@ -245,7 +246,9 @@ def _policy_loss(
     wanted = Wanted(hidden=want_hidden, weight=want_weight, bias=want_bias)
     loss_config = PolicyLossConfig(**config)
     output, swept = _forward(a, wanted, loss_config, weight_grad_dtype, impl)
-    by_objective = _objective_gradients(a, output, swept, loss_config) if want_objectives else None
+    by_objective = squares = None
+    if want_objectives:
+        by_objective, squares = _objective_gradients(a, output, swept, loss_config)
     if a.weight_grad is not None:
         swept = replace(swept, d_weight=None)  # an input cannot be an output
     return (
@@ -259,6 +262,7 @@ def _policy_loss(
         empty_if_none(output.importance_weights, output.loss),
         empty_if_none(output.importance_bounded, output.loss),
         empty_if_none(by_objective, output.loss),
+        empty_if_none(squares, output.loss),
         *swept.gradients(a.hidden, a.weight, a.bias, weight_grad_dtype),
     )
 
@@ -295,6 +299,7 @@ def _(
         new(0 if rollout_is_cap is None else n),
         new(0) if rollout_is_cap is None else a.hidden.new_empty(n, dtype=torch.bool),
         new(k, a.hidden.shape[1]) if want_objectives else new(0),
+        new(k, 2) if want_objectives else new(0),
         *wanted.fake_gradients(a.hidden, a.weight, a.bias, weight_grad_dtype),
     )
 
@@ -408,12 +413,14 @@ def _forward_in_torch(
 
 def _objective_gradients(
     arguments: LossArguments, output: PolicyLossOutput, swept: Swept, config: PolicyLossConfig
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     given = arguments.advantages if arguments.rewards is None else arguments.rewards
     assert given is not None
     assert swept.d_hidden is not None
     tokens = tabulate(arguments, output.advantages, ~given.isnan(), config)
-    return objective.objective_gradients(tokens, swept.logprobs, swept.d_hidden, config)
+    return objective.objective_gradients(
+        tokens, swept.logprobs, swept.d_hidden, config, arguments.loss_scale
+    )
 
 
 def _advantage_table(arguments: LossArguments, impl: str) -> tuple[Tensor, Tensor]:

@@ -190,9 +190,11 @@ def policy_loss(
         losses.append(-(scale * terms).sum() / denominator)
         clip_fraction.append((clipped & on_policy).sum(dtype=dtype) / on_policy.sum().clamp(min=1))
     objective_losses = torch.stack(losses)
-    by_objective = None
+    by_objective = squares = None
     if objective_gradients:
-        by_objective = torch.stack([_hidden_gradient(value, a.hidden) for value in losses])
+        by_objective = torch.stack([_summed_gradient(value, a.hidden) for value in losses])
+        whole = torch.stack([_summed_square(value, logp) for value in losses])
+        squares = torch.stack([torch.zeros_like(whole), whole], dim=1)  # nothing is left out
     loss = (_lambda(a, k).to(dtype) * objective_losses).sum() / k
 
     given = None
@@ -217,15 +219,24 @@ def policy_loss(
         importance_weights=rollout_is_weight,
         importance_bounded=bounded,
         objective_gradients=by_objective,
+        objective_squares=squares,
     )
 
 
-def _hidden_gradient(loss: Tensor, hidden: Tensor) -> Tensor:
+def _summed_gradient(loss: Tensor, hidden: Tensor) -> Tensor:
     """Sum over tokens of d loss / d hidden, [H]; loss [] may not depend on hidden."""
     if not loss.requires_grad:
-        return hidden.new_zeros(hidden.shape[1])
+        return loss.new_zeros(hidden.shape[1])
     (found,) = torch.autograd.grad(loss, hidden, retain_graph=True, materialize_grads=True)
     return found.sum(0).to(loss.dtype)
+
+
+def _summed_square(loss: Tensor, logprobs: Tensor) -> Tensor:
+    """Sum over tokens of (d loss / d logprob)^2, []."""
+    if not loss.requires_grad:
+        return loss.new_zeros(())
+    (found,) = torch.autograd.grad(loss, logprobs, retain_graph=True, materialize_grads=True)
+    return found.square().sum()
 
 
 def _bounded(weight: Tensor, cap: float, c: PolicyLossConfig) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,9 @@ from recap_fast.reweighting.base import checked_int
 DECAY = 0.9
 """Of the running mean of norms: the norm of one step's gradient is noisy, most of all a reward's,
 whose tokens pull in opposite directions."""
+TIE = 0.05
+"""How far apart the factors of objectives are that have no norm yet. At equal weights two rewards
+that a rollout earns one of cancel each other in it, and neither's gradient can be told."""
 MOST = 10.0
 """Factors lie within 1 / MOST and MOST before they are scaled to mean 1: an objective with hardly a
 gradient left must not be blown up without end."""
@@ -27,7 +30,8 @@ class GradientBalance:
 
     Attributes (static buffers; clone to keep):
         means: [K] float64, running mean of the norms; 0 before the first.
-        factors: [K] float32, mean 1: what `weigh` multiplied by last.
+        weights: [K] float32: what `weigh` returned last.
+        factors: [K] float32: what it multiplied by.
 
     Args:
         num_objectives: K.
@@ -40,7 +44,9 @@ class GradientBalance:
     def __init__(self, num_objectives: int, device: torch.device | str | None = None) -> None:
         k = checked_int("num_objectives", num_objectives)
         self.means = torch.zeros(k, dtype=torch.float64, device=device)
+        self.weights = torch.ones(k, dtype=torch.float32, device=device)
         self.factors = torch.ones(k, dtype=torch.float32, device=device)
+        self._unknown = torch.linspace(1 - TIE, 1 + TIE, k, device=device)
         self._counts = torch.zeros(k, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -67,15 +73,15 @@ class GradientBalance:
     def weigh(self, weights: Tensor) -> Tensor:
         """[K] float32 of `weights` [K], the same mean: divided by the means of the norms observed.
 
-        An objective without a norm yet counts as one of middling strength.
+        An objective without a norm yet counts as one of about middling strength (`TIE`).
         """
         ready = self._counts > 0
         logs = self.means.where(ready, 1.0).log()
         middle = logs.where(ready, 0.0).sum() / ready.sum().clamp(min=1)
-        factors = (middle - logs).exp().clamp(1 / MOST, MOST).where(ready, 1.0)
-        self.factors.copy_(factors / factors.mean())
-        balanced = weights * self.factors
-        return balanced * (weights.sum() / balanced.sum())
+        factors = (middle - logs).exp().clamp(1 / MOST, MOST).where(ready, self._unknown.double())
+        self.factors.copy_(factors * (weights.sum() / (weights * factors).sum()))
+        self.weights.copy_(weights * self.factors)
+        return self.weights.clone()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later `weigh` depends on; copies."""

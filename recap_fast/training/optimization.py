@@ -24,6 +24,7 @@ from recap_fast.ops import (
     PolicyLossConfig,
     PolicyLossOutput,
     fused_linear_policy_loss,
+    gradient_norms,
     linear_logprobs,
 )
 from recap_fast.rollout.mismatch import logprob_diff
@@ -153,11 +154,11 @@ class PolicyOptimizer:
         for batch in update.batches:
             output = self._backpropagate(batch, update, objective_weights, self.loss_config)
             self._add_up(output, batch, update, stats, clippable)
-            if output.objective_gradients is not None:
-                pulls += output.objective_gradients
+            if output.objective_gradients is not None and output.objective_squares is not None:
+                pulls += torch.cat([output.objective_gradients, output.objective_squares], dim=1)
         stats, clippable, pulls = self._of_all_processes(stats, clippable, pulls)
-        if len(pulls):
-            stats.gradient_norms = torch.linalg.vector_norm(pulls, dim=1)
+        if len(pulls):  # judged by all batches: in one alone objectives often cancel
+            stats.gradient_norms = gradient_norms(pulls[:, :-2], pulls[:, -2:])
         stats.clip_fraction /= clippable  # 0 / 0 of an objective that no token was trained on
         stats.objective_losses = torch.where(update.counts > 0, stats.objective_losses, torch.nan)
         if not update.num_policy_tokens:
@@ -315,9 +316,10 @@ class PolicyOptimizer:
         return norm.to(gradients[0].device)  # offloaded ones are on the host, and waited for
 
     def _zero_pulls(self, like: Tensor) -> Tensor:
-        """[K, H] for the objectives' gradients at the hidden states; [0, H] if none are asked."""
+        """[K, H + 2] for the loss's `objective_gradients` and `objective_squares`; [0, H + 2] if
+        none are asked."""
         k = 0 if self.loss_config.entropy_coef else self._num_objectives
-        return like.new_zeros(k, self.policy.head.weight.shape[1])
+        return like.new_zeros(k, self.policy.head.weight.shape[1] + 2)
 
     def _of_all_processes(
         self, stats: UpdateStats, clippable: Tensor, pulls: Tensor

@@ -26,7 +26,8 @@ def step_feedback(
     """What `config.data` makes use of; the same in all processes, which call this together.
 
     Args:
-        metrics: the step's from the device, with `weight/<objective>` of all objectives.
+        metrics: the step's from the device, with `weight/<objective>` of all objectives, and with
+            `unbalanced_weight/<objective>` where weights are balanced: shares follow these.
         rollouts: all S, those of dropped groups too; those of a group stand side by side.
         rewards: values [S, K].
     """
@@ -34,7 +35,8 @@ def step_feedback(
     if config.data.mixing == "adaptive":
         names = [objective.name for objective in config.objectives]
         # Of rank 0: devices of another kind may round differently, and rows must be the same.
-        weights = world.on_main(lambda: {name: metrics[f"weight/{name}"] for name in names})
+        kind = "unbalanced_weight" if f"unbalanced_weight/{names[0]}" in metrics else "weight"
+        weights = world.on_main(lambda: {name: metrics[f"{kind}/{name}"] for name in names})
     return StepFeedback(weights, tuple(_solved_groups(config, rollouts, rewards.values)))
 
 

@@ -28,7 +28,7 @@ def device_metrics(
 ) -> dict[str, float]:
     """The step's one copy from the device."""
     per_objective = {
-        "weight": reweighter.weights,
+        "weight": reweighter.weights if balance is None else balance.weights,
         "rate": reweighter.rates,
         "instability": reweighter.instabilities,
         "loss": stats.objective_losses,
@@ -36,6 +36,7 @@ def device_metrics(
     }
     optional = {
         "retention": reweighter.retentions,
+        "unbalanced_weight": None if balance is None else reweighter.weights,
         "balance": None if balance is None else balance.factors,
         "gradient_norm": stats.gradient_norms,
         "parameter_gradient_norm": stats.parameter_norms,

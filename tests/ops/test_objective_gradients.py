@@ -14,7 +14,7 @@ from recap_fast.ops import (
     PolicyLossOutput,
     chunked,
     fused_linear_policy_loss,
-    objective,
+    gradient_norms,
 )
 from tests.no_sync import ForbidHostSync
 from tests.ops.batches import Batch, batches, random_batch
@@ -47,12 +47,18 @@ def _gradients(batch: Batch, impl: str, dtype: torch.dtype, **override: Any) -> 
 @given(batches())
 def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
     assume(batch.config.entropy_coef == 0)
-    expected = _gradients(batch, "reference", torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "MAX_CANCELLED", 0.0)  # tokens that are left out cost exactness
-        ours = _gradients(batch, "torch", torch.float64)
-    told = ours.isfinite()  # random weights hardly ever let objectives cancel
-    torch.testing.assert_close(ours[told], expected[told], rtol=1e-8, atol=1e-9)
+    expected = _run(batch, "reference", torch.float64)
+    ours = _run(batch, "torch", torch.float64)
+    assert ours.objective_gradients is not None
+    assert ours.objective_squares is not None
+    assert expected.objective_gradients is not None
+    assert expected.objective_squares is not None
+    torch.testing.assert_close(ours.objective_squares[:, 1], expected.objective_squares[:, 1])
+    # Tokens that are left out cost exactness; random weights hardly ever let objectives cancel.
+    told = ours.objective_squares[:, 0] == 0
+    torch.testing.assert_close(
+        ours.objective_gradients[told], expected.objective_gradients[told], rtol=1e-8, atol=1e-9
+    )
 
 
 EXACT, ROUNDED = (torch.float32, 1e-4), (torch.bfloat16, 0.03)  # rows are rounded to 2 ** -9
@@ -123,9 +129,9 @@ def test_weights_and_loss_scale_leave_them_alone() -> None:
         _gradients(batch, "torch", torch.float64, objective_weights=others), plain
     )
     scale = torch.tensor(1024.0, dtype=torch.float64)
-    output = _run(batch, "torch", torch.float64, loss_scale=scale)
-    assert output.objective_gradients is not None
-    torch.testing.assert_close(output.objective_gradients / 1024, plain)
+    for impl in ("torch", "reference"):
+        scaled = _gradients(batch, impl, torch.float64, loss_scale=scale)
+        torch.testing.assert_close(scaled, plain)
 
 
 @both
@@ -140,6 +146,39 @@ def test_objectives_that_cancel_are_not_told_apart(impl: str) -> None:
     output = _run(batch, impl, torch.float32, advantages=table.float(), objective_weights=weights)
     assert output.gradient_norms is not None
     torch.testing.assert_close(output.gradient_norms[0], output.gradient_norms[1])
+
+
+@both
+def test_what_cancels_in_a_part_is_judged_by_the_whole(impl: str) -> None:
+    """Of rewards of 0 and 1 every fifth rollout or so earns one where its group has it as the
+    other has not; passes of a few rollouts would hardly ever tell their objectives apart."""
+    batch = random_batch(n=80, k=2, s=20, supervised=False)
+    table = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    table[3] = torch.tensor([0.9, -0.9])
+    arguments = {"advantages": table, "objective_weights": torch.ones(2)}
+    whole = _run(batch, impl, torch.float32, **arguments)
+    alone = batch.tensors["sequence_ids"] == 3
+    cut = {name: batch.tensors[name][alone] for name in ("hidden", "targets", "sequence_ids")}
+    cut["hidden"] = cut["hidden"].float().requires_grad_()
+    part = _run(batch, impl, torch.float32, **arguments, **cut)
+    assert part.gradient_norms is not None
+    assert whole.gradient_norms is not None
+    assert part.gradient_norms.isnan().all()
+    assert whole.gradient_norms.isfinite().all()
+    exact = _gradients(batch, "reference", torch.float64, **arguments).norm(dim=1)
+    # The share of what was left out bounds how far off the rest may be, in a random direction.
+    assert whole.objective_squares is not None
+    left_out, square = whole.objective_squares.unbind(1)
+    assert (left_out > 0).all()
+    assert ((whole.gradient_norms / exact - 1).abs() < 2 * (left_out / square).sqrt()).all()
+
+
+def test_the_norms_of_a_sum_are_judged_by_its_squares() -> None:
+    gradients = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    squares = torch.tensor([[0.1, 1.0], [0.11, 1.0]])
+    assert gradient_norms(gradients, squares)[0] == 5
+    assert gradient_norms(gradients, squares)[1].isnan()
+    assert gradient_norms(gradients * 0, squares * 0).tolist() == [0, 0]
 
 
 def test_an_objective_without_tokens_pulls_with_nothing() -> None:

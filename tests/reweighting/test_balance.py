@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recap_fast.reweighting.balance import DECAY, MOST, GradientBalance
+from recap_fast.reweighting.balance import DECAY, MOST, TIE, GradientBalance
 from tests.no_sync import ForbidHostSync
 
 
@@ -22,6 +22,7 @@ def _expected(history: np.ndarray, weights: np.ndarray) -> np.ndarray:
             means[k] = norm if seen == 1 else (1 - share) * means[k] + share * norm
     strengths = np.where(np.isnan(means), np.exp(np.nanmean(np.log(means))), means)
     inverse = np.clip(np.exp(np.nanmean(np.log(means))) / strengths, 1 / MOST, MOST)
+    inverse = np.where(np.isnan(means), np.linspace(1 - TIE, 1 + TIE, len(means)), inverse)
     balanced = weights * inverse
     return balanced * weights.mean() / balanced.mean()
 
@@ -42,12 +43,16 @@ def test_weighs_by_the_inverse_of_the_running_means() -> None:
         found = balance.weigh(given)
     np.testing.assert_allclose(found.numpy(), _expected(history, weights), rtol=1e-5)
     assert found.dtype == torch.float32
+    torch.testing.assert_close(balance.weights, found)
+    torch.testing.assert_close(given * balance.factors, found)
 
 
 def test_equal_pulls_leave_the_weights() -> None:
     balance = GradientBalance(3)
     weights = torch.tensor([0.5, 1.0, 1.5])
-    torch.testing.assert_close(balance.weigh(weights), weights)  # before anything was observed
+    before = balance.weigh(weights)
+    torch.testing.assert_close(before, weights, rtol=2 * TIE, atol=0)
+    assert len(set((before / weights).tolist())) == 3, "no two are alike: they could cancel"
     balance.observe(torch.full((3,), 7.0))
     torch.testing.assert_close(balance.weigh(weights), weights)
 
@@ -58,6 +63,10 @@ def test_a_vanishing_pull_is_not_blown_up_without_end() -> None:
     weights = balance.weigh(torch.ones(2))
     assert weights[0] / weights[1] == pytest.approx(MOST**2)
     assert weights.mean() == pytest.approx(1.0)
+
+
+def test_one_objective_keeps_its_weight() -> None:
+    assert GradientBalance(1).weigh(torch.ones(1)).tolist() == [1]
 
 
 def test_state_continues_to_the_bit() -> None:

@@ -10,8 +10,9 @@ import torch
 from recap_fast.config import LoraConfig
 from recap_fast.model.lora import add_adapters
 from recap_fast.model.policy import Policy
-from recap_fast.ops import fused_linear_policy_loss, logprobs, policy_loss
+from recap_fast.ops import fused_linear_policy_loss, group_advantages, logprobs, policy_loss
 from recap_fast.ops.launch import recording
+from recap_fast.reweighting.balance import GradientBalance
 from recap_fast.reweighting.recap import make_reweighter
 from recap_fast.rollout.protocol import iter_weights
 from recap_fast.training import optimization
@@ -130,6 +131,30 @@ def test_accumulation_equals_one_batch(config):
     for a, b in zip(many_parameters, one_parameters, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
         assert ((a - b).abs() > 1e-4).sum() <= 0.01 * a.numel()
+
+
+@pytest.mark.parametrize("max_tokens", [60, 10_000])
+def test_balance_tells_rewards_that_cancel_apart(config, max_tokens):
+    """Rewards of 0 and 1, weighed alike: a rollout that earns one of them alone has no gradient
+    where as many of its group do. A pass of few rollouts has little else."""
+    optimizer, balance = PolicyOptimizer(tiny_policy(), None, config), GradientBalance(3)
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        rollouts, _, rows = make_rows(step, 8, 8, 2)
+        rewards = np.full((64, 3), np.nan, np.float32)
+        rewards[:, :2] = rng.random((64, 2)) < 0.5
+        groups = torch.tensor([rollout.group for rollout in rollouts])
+        advantages = group_advantages(torch.from_numpy(rewards), groups)
+        advantages[:, 2] = torch.nan
+        update = pack_update(
+            rollouts, advantages.numpy(), rows, [2, 2], config=config.loss, max_tokens=max_tokens
+        )
+        stats = optimizer.step(update, balance.weigh(torch.ones(3)), 0.0)
+        assert (stats.gradient_norms > 0).all()
+        balance.observe(stats.gradient_norms)
+    plain = optimizer.step(update, torch.ones(3), 0.0).gradient_norms
+    told = ~plain.isnan()  # by the tie of equal weights some may not be
+    torch.testing.assert_close(plain[told], stats.gradient_norms[told], rtol=0.1, atol=0)
 
 
 def test_clipping_and_step_equal_plain_torch(config):

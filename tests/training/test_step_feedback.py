@@ -36,6 +36,14 @@ def test_weights_for_adaptive_shares(tmp_path: Path) -> None:
     assert told == StepFeedback({"length": 0.5, "vowels": 1.0, "ntp": 1.5})
 
 
+def test_shares_follow_the_weights_before_balance(tmp_path: Path) -> None:
+    config = configured(tmp_path, "data.mixing=adaptive")
+    before = {f"unbalanced_{name}": 2 - value for name, value in METRICS.items()}
+    table = RewardTable(np.ones((0, 3), np.float32))
+    told = step_feedback(config, {**METRICS, **before}, [], table, ALONE)
+    assert told == StepFeedback({"length": 1.5, "vowels": 1.0, "ntp": 0.5})
+
+
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
