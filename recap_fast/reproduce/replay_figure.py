@@ -49,7 +49,7 @@ def draw_replay(outcomes: Outcomes, folder: Path) -> list[Plot]:
         for row, ability in zip(panels, _ROWS, strict=True):
             for axes, methods in zip(row, _COLUMNS.values(), strict=True):
                 _draw_panel(axes, outcomes, ability, methods)
-            row[0].set_ylabel(ABILITIES[ability].label)
+            row[0].set_ylabel(f"{ABILITIES[ability].label}, change")
         for axes, title in zip(panels[0], _COLUMNS, strict=True):
             axes.set_title(title)
             axes.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
@@ -57,7 +57,7 @@ def draw_replay(outcomes: Outcomes, folder: Path) -> list[Plot]:
             axes.set_xlabel("rows replayed")
         path = folder / "replay.png"
         figure.savefig(path)
-    caption = "Held-out abilities by the share of rows that are replayed: means, 95 % intervals."
+    caption = "Change of held-out abilities by the share of rows replayed: means, 95 % intervals."
     return [Plot("replay", caption, path), _draw_grounding(outcomes, folder)]
 
 
@@ -67,21 +67,21 @@ def _draw_grounding(outcomes: Outcomes, folder: Path) -> Plot:
         figure = Figure(figsize=(7.2, 3.6), dpi=DPI, layout="constrained")
         axes = figure.subplots()
         _draw_panel(axes, outcomes, "grounding", _SHORT)
-        axes.set_title("What is left of grounding after reinforcement on another task")
-        axes.set_ylabel(ABILITIES["grounding"].label)
+        axes.set_title("What reinforcement on another task does to grounding")
+        axes.set_ylabel(f"{ABILITIES['grounding'].label}, change")
         axes.set_xlabel("rows replayed")
         axes.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
         path = folder / "replay-grounding.png"
         figure.savefig(path)
-    caption = "Held-out grounding by the share of rows that are replayed: means, 95 % intervals."
+    caption = "Change of held-out grounding by the share of rows replayed: means, 95 % intervals."
     return Plot("replay-grounding", caption, path)
 
 
 def _draw_panel(axes: Axes, outcomes: Outcomes, ability: str, methods: tuple[str, ...]) -> None:
     if ability != "reasoning":  # of which the base has so little that methods would look the same
-        axes.axhline(outcomes.base(ability), color=INK, linewidth=1, zorder=1)
-        _label(axes, outcomes.base(ability), "base", INK)
-    alone = outcomes.values(NO_REPLAY, 0, ability)
+        axes.axhline(0, color=INK, linewidth=1, zorder=1)
+        _label(axes, 0, "base", INK)
+    alone = -outcomes.losses(NO_REPLAY, 0, ability)
     if len(alone):
         left = interval(alone)
         axes.axhline(left.mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -91,8 +91,6 @@ def _draw_panel(axes: Axes, outcomes: Outcomes, ability: str, methods: tuple[str
     for place, (method, colour) in enumerate(zip(methods, COLOURS, strict=False)):
         _draw_line(axes, outcomes, ability, method, colour, place - 0.5)
     shares = sorted({share for _, share, _ in outcomes.runs if share})
-    if axes.get_ylim()[0] < 0:  # of a score, by the interval of few seeds
-        axes.set_ylim(bottom=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(shares))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -113,7 +111,7 @@ def _draw_line(
     shares = outcomes.shares(method)
     if not shares:
         return
-    found = [interval(outcomes.values(method, share, ability)) for share in shares]
+    found = [interval(-outcomes.losses(method, share, ability)) for share in shares]
     at = [outcomes.replayed(method, share) * np.exp(_DODGE * place) for share in shares]
     means = np.array([one.mean for one in found])
     axes.errorbar(

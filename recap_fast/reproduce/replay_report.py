@@ -24,10 +24,13 @@ from recap_fast.reproduce.replay import (
 from recap_fast.reproduce.replay_figure import draw_replay
 from recap_fast.reproduce.replay_results import (
     CALLS_FILE,
+    Outcomes,
     collect,
+    is_missing,
     read_earlier,
     write_results,
 )
+from recap_fast.reproduce.results import ABILITIES
 
 
 def run_replay(
@@ -49,13 +52,16 @@ def run_replay(
         methods, shares, seeds: the part, by name, percent and number; None: all.
         jobs: runs at a time.
         budget: minutes after which no run is started any more.
-        earlier: results.json of another folder or machine; its runs are not done again.
+        earlier: results.json of another folder or machine; its runs are not done again, but
+            Uniform's where the base is another here.
 
     Raises:
         UserError: stopped, a run failed, the folder or `earlier` holds another experiment, or the
             grid has no such part.
     """
-    content, done = (None, {}) if earlier is None else read_earlier(earlier, settings)
+    content, done = None, Outcomes({}, settings)
+    if earlier is not None:
+        content, done = read_earlier(earlier, settings)
     console = Console(stderr=True)
     began = time.monotonic()
     make_output(output)
@@ -66,12 +72,14 @@ def run_replay(
     )
     cells = grid(settings, base, output)
     chosen = choose(cells, methods, shares, seeds)
-    missing = [cell for cell in chosen if cell.place not in done]
+    measured = base_scores(base)
+    scores = {name: measured[score.key] for name, score in ABILITIES.items()}
+    missing = [cell for cell in chosen if is_missing(cell, scores, done)]
     check_folders(cells)
     _note_call(missing, jobs, output)
 
     def write() -> str:
-        outcomes = collect(cells, base_scores(base), settings, output, done)
+        outcomes = collect(cells, scores, settings, output, done)
         if not outcomes.runs:
             return "no run is finished yet\n"
         for plot in draw_replay(outcomes, output / "figures"):

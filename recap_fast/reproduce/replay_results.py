@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
 
+from recap_fast.config import TrainConfig
 from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MACHINE_FILE, read_metrics
 from recap_fast.reproduce.experiment import ExperimentError
@@ -56,6 +57,8 @@ class Outcome:
     """When the call of the command began that finished it; None: unknown."""
     base: dict[str, float]
     """Scores of the base that it started from, by ability: machines train bases apart."""
+    course: dict[str, float] = field(default_factory=dict)
+    """What happened on the way (`_course`); empty of runs of which that was not kept."""
 
     def loss(self, ability: str) -> float:
         return self.base[ability] - self.scores[ability]
@@ -110,18 +113,45 @@ class Claim:
 
 
 class Outcomes:
-    """The finished runs of a grid.
+    """The finished runs of a grid. They may have started from several bases, as machines train them
+    apart: what is compared with Uniform is compared with Uniform from the same base.
 
     Args:
         runs: by method, share and seed.
+        controls: Uniform's runs from further bases, each with its share and seed.
     """
 
-    def __init__(self, runs: Mapping[Place, Outcome], settings: ReplaySettings) -> None:
-        self.runs, self.settings = dict(runs), settings
+    def __init__(
+        self,
+        runs: Mapping[Place, Outcome],
+        settings: ReplaySettings,
+        controls: Sequence[tuple[Place, Outcome]] = (),
+    ) -> None:
+        self.runs, self.settings, self.controls = dict(runs), settings, list(controls)
 
-    def base(self, ability: str) -> float:
-        """The base's score; of several bases the mean over the runs."""
-        return float(np.mean([run.base[ability] for run in self.runs.values()]))
+    @property
+    def everything(self) -> list[Outcome]:
+        return [*self.runs.values(), *(run for _, run in self.controls)]
+
+    @property
+    def bases(self) -> list[dict[str, float]]:
+        """Scores of the bases, by ability, in the order of their grounding."""
+        found: list[dict[str, float]] = []
+        for run in self.everything:
+            if run.base not in found:
+                found.append(run.base)
+        return sorted(found, key=lambda base: base["grounding"])
+
+    def at(self, method: str, share: int) -> list[Outcome]:
+        """The S runs of a method at a share, controls too."""
+        found = [self.runs[method, share, seed] for seed in self.seeds(method, share)]
+        return found + [run for place, run in self.controls if place[:2] == (method, share)]
+
+    def uniform(self, share: int, seed: int, base: Mapping[str, float]) -> Outcome | None:
+        """Uniform's run from that base."""
+        place = ("uniform", share, seed)
+        candidates = [self.runs.get(place), *(run for key, run in self.controls if key == place)]
+        return next((run for run in candidates if run is not None and run.base == base), None)
 
     @property
     def methods(self) -> list[str]:
@@ -135,34 +165,27 @@ class Outcomes:
     def seeds(self, method: str, share: int) -> list[int]:
         return sorted(seed for m, s, seed in self.runs if (m, s) == (method, share))
 
-    def values(self, method: str, share: int, ability: str) -> np.ndarray:
-        """[S] scores after the last step."""
-        seeds = self.seeds(method, share)
-        return np.array([self.runs[method, share, seed].scores[ability] for seed in seeds])
-
     def losses(self, method: str, share: int, ability: str) -> np.ndarray:
         """[S] of the base's scores less those after the last step."""
-        seeds = self.seeds(method, share)
-        return np.array([self.runs[method, share, seed].loss(ability) for seed in seeds])
+        return np.array([run.loss(ability) for run in self.at(method, share)])
 
     def replayed(self, method: str, share: int) -> float:
         """Percent of the rows that were replayed, mean of the seeds; `share` unless adaptive."""
-        runs = [self.runs[method, share, seed] for seed in self.seeds(method, share)]
-        return float(np.mean([run.replayed for run in runs]))
+        return float(np.mean([run.replayed for run in self.at(method, share)]))
 
-    def uniform_loss(self, share: int, replayed: float, seed: int, ability: str) -> float | None:
-        """What Uniform lost at the rows that another run of `share` percent has replayed: where
-        these are others (adaptive shares), between the measured shares on a straight line over
-        their logarithms. None: a run for it is missing."""
-        if replayed == share:
-            run = self.runs.get(("uniform", share, seed))
+    def uniform_loss(self, other: Outcome, share: int, seed: int, ability: str) -> float | None:
+        """What Uniform lost, from the same base, at the rows that another run of `share` percent
+        has replayed: where these are others (adaptive shares), between the measured shares on a
+        straight line over their logarithms. None: a run for it is missing."""
+        if other.replayed == share:
+            run = self.uniform(share, seed, other.base)
             return run.loss(ability) if run else None
         shares = sorted(self.settings.shares)
-        runs = [self.runs.get(("uniform", one, seed)) for one in shares]
+        runs = [self.uniform(one, seed, other.base) for one in shares]
         losses = [run.loss(ability) for run in runs if run]
         if len(losses) < len(shares):
             return None
-        return float(np.interp(math.log(replayed), np.log(shares), losses))
+        return float(np.interp(math.log(other.replayed), np.log(shares), losses))
 
     def against_uniform(
         self, method: str, share: int, ability: str, ratio: float = 1.0
@@ -171,7 +194,7 @@ class Outcomes:
         found = []
         for seed in self.seeds(method, share):
             run = self.runs[method, share, seed]
-            uniform = self.uniform_loss(share, run.replayed, seed, ability)
+            uniform = self.uniform_loss(run, share, seed, ability)
             if uniform is not None:
                 found.append(run.loss(ability) - ratio * uniform)
         return np.array(found)
@@ -192,23 +215,37 @@ def collect(
     base: Mapping[str, float],
     settings: ReplaySettings,
     output: Path,
-    earlier: Mapping[Place, Outcome],
+    earlier: Outcomes,
 ) -> Outcomes:
     """The finished runs of a grid.
 
     Args:
-        base: the base's scores by their keys in a run's metrics.
+        base: the base's scores by ability.
         output: folder of CALLS_FILE.
         earlier: runs that were finished elsewhere.
     """
     calls = _read_calls(output)
-    scores = {name: base[score.key] for name, score in ABILITIES.items()}
-    runs = {
-        cell.place: _outcome(cell, calls, scores)
-        for cell in cells
-        if cell.place not in earlier and cell.is_finished
-    }
-    return Outcomes({**earlier, **runs}, settings)
+    runs, controls = dict(earlier.runs), list(earlier.controls)
+    for cell in cells:
+        if is_missing(cell, base, earlier) and cell.is_finished:
+            outcome = _outcome(cell, calls, dict(base))
+            if cell.place in runs:
+                controls.append((cell.place, outcome))
+            else:
+                runs[cell.place] = outcome
+    return Outcomes(runs, settings, controls)
+
+
+def is_missing(cell: ReplayCell, base: Mapping[str, float], earlier: Outcomes) -> bool:
+    """Whether a run was not done elsewhere. Uniform's are done for each base: all others from it
+    are compared with them.
+
+    Args:
+        base: scores of the base that runs start from here, by ability.
+    """
+    if cell.method == "uniform":
+        return earlier.uniform(cell.share, cell.seed, base) is None
+    return cell.place not in earlier.runs
 
 
 def _outcome(
@@ -222,7 +259,31 @@ def _outcome(
         seconds=float(np.median(history.series("time/total")[1])),
         call=own[-1] if own else None,
         base=base,
+        course=_course(history, cell.config),
     )
+
+
+def _course(history: RunHistory, config: TrainConfig) -> dict[str, float]:
+    """Over a run's steps: the gradient's norm that one in ten exceeds, the share of them that was
+    clipped, each objective's mean weight before balance and the factor that balances it, and the
+    share of steps in which retention gave it weight."""
+    norms = history.series("grad_norm")[1]
+    found = {}
+    if len(norms):
+        found["grad_norm/90%"] = float(np.quantile(norms, 0.9))
+        found["clipped"] = float(np.mean(norms > config.optimizer.max_grad_norm))
+    for objective in config.objectives:
+        before = history.series(f"unbalanced_weight/{objective.name}")[1]
+        weight = before if len(before) else history.series(f"weight/{objective.name}")[1]
+        series = {
+            "weight": weight,
+            "balance": history.series(f"balance/{objective.name}")[1],
+            "retained": history.series(f"retention/{objective.name}")[1] > 0,
+        }
+        for name, values in series.items():
+            if len(values):
+                found[f"{name}/{objective.name}"] = float(np.mean(values))
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _replayed(history: RunHistory, share: int) -> float:
@@ -283,7 +344,7 @@ def cost(outcomes: Outcomes, method: str) -> Interval | None:
     command has finished. None: there are none."""
     ratios = []
     for (name, share, seed), run in outcomes.runs.items():
-        uniform = outcomes.runs.get(("uniform", share, seed))
+        uniform = outcomes.uniform(share, seed, run.base)
         if name == method and uniform and run.call is not None and run.call == uniform.call:
             ratios.append(run.seconds / uniform.seconds)
     return interval(np.array(ratios)) if ratios else None
@@ -324,7 +385,10 @@ def write_results(
         "methods": {name: asdict(METHODS[name]) for name in outcomes.methods},
         "runs": [
             {"method": method, "share": share, "seed": seed, **asdict(outcome)}
-            for (method, share, seed), outcome in sorted(outcomes.runs.items())
+            for (method, share, seed), outcome in [
+                *sorted(outcomes.runs.items(), key=lambda item: item[0]),
+                *sorted(outcomes.controls, key=lambda item: item[0]),
+            ]
         ],
         "share_kept": {name: _dict(share_kept(outcomes, name)) for name in outcomes.methods},
         "cost": {name: _dict(cost(outcomes, name)) for name in outcomes.methods},
@@ -337,9 +401,7 @@ def write_results(
     return tables
 
 
-def read_earlier(
-    path: Path, settings: ReplaySettings
-) -> tuple[dict[str, Any], dict[Place, Outcome]]:
+def read_earlier(path: Path, settings: ReplaySettings) -> tuple[dict[str, Any], Outcomes]:
     """A results.json of another folder, and its runs.
 
     Raises:
@@ -347,10 +409,14 @@ def read_earlier(
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        runs = {}
+        runs: dict[Place, Outcome] = {}
+        controls: list[tuple[Place, Outcome]] = []
         for entry in content["runs"]:
             place = (entry.pop("method"), entry.pop("share"), entry.pop("seed"))
-            runs[place] = Outcome(**entry)
+            if place in runs:  # Uniform's, from another base
+                controls.append((place, Outcome(**entry)))
+            else:
+                runs[place] = Outcome(**entry)
         given = content["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExperimentError(f"{path}: not the results of this experiment: {error!r}") from error
@@ -361,7 +427,7 @@ def read_earlier(
                 f"{path} is of another experiment: its {name} is {given.get(name)}, and here it is "
                 f"{wanted.get(name)}"
             )
-    return content, runs
+    return content, Outcomes(runs, settings, controls)
 
 
 def _settings_content(settings: ReplaySettings) -> dict[str, Any]:
@@ -411,23 +477,35 @@ def _machines(cells: Sequence[ReplayCell]) -> list[dict[str, Any]]:
 
 
 def render_tables(outcomes: Outcomes) -> str:
-    """Markdown: each ability by method and share, what it takes to keep grounding, the claim. With
-    plus-minus or in brackets stand intervals over seeds, 95 % where no other is named."""
-    parts = [_ability_table(outcomes, ability) for ability in ABILITIES]
-    parts += [_summary_table(outcomes), _claim_table(outcomes)]
-    return "\n".join(parts)
+    """Markdown: what became of each ability by method and share, what it takes to keep grounding,
+    how runs went, the claim. With plus-minus or in brackets stand intervals over seeds, 95 % where
+    no other is named."""
+    parts = [_base_table(outcomes)]
+    parts += [_ability_table(outcomes, ability) for ability in ABILITIES]
+    parts += [_summary_table(outcomes), _course_table(outcomes), _claim_table(outcomes)]
+    return "\n".join(part for part in parts if part)
+
+
+def _base_table(outcomes: Outcomes) -> str:
+    head = ["base", *(score.label for score in ABILITIES.values()), "runs from it"]
+    rows = (
+        [str(number), *(f"{base[name]:.3f}" for name in ABILITIES),
+         str(sum(run.base == base for run in outcomes.everything))]
+        for number, base in enumerate(outcomes.bases, 1)
+    )  # fmt: skip
+    return _markdown(head, rows)
 
 
 def _ability_table(outcomes: Outcomes, ability: str) -> str:
     shares = sorted({share for _, share, _ in outcomes.runs if share})
-    base = outcomes.base(ability)
-    head = [f"{ABILITIES[ability].label}, base {base:.3f}", *(f"{s} %" for s in shares), "runs"]
+    head = [f"{ABILITIES[ability].label}, change", *(f"{s} %" for s in shares), "runs"]
 
     def rows() -> Iterator[list[str]]:
         for method in outcomes.methods:
             alone = method == NO_REPLAY
-            found = [outcomes.values(method, 0 if alone else share, ability) for share in shares]
+            found = [-outcomes.losses(method, 0 if alone else share, ability) for share in shares]
             runs = sum(key[0] == method for key in outcomes.runs)
+            runs += len(outcomes.controls) if method == "uniform" else 0
             cells = [_shown_mean(interval(values)) if len(values) else "" for values in found]
             yield [METHODS[method].label, *cells, str(runs)]
 
@@ -452,6 +530,22 @@ def _summary_table(outcomes: Outcomes) -> str:
             ]
 
     return _markdown(head, rows())
+
+
+def _course_table(outcomes: Outcomes) -> str:
+    """Empty where no run's course was kept."""
+    keys = list(dict.fromkeys(key for run in outcomes.everything for key in run.course))
+
+    def rows() -> Iterator[list[str]]:
+        for method in outcomes.methods:
+            runs = [run for share in outcomes.shares(method) for run in outcomes.at(method, share)]
+            kept = [run.course for run in runs if run.course]
+            found = [[course[key] for course in kept if key in course] for key in keys]
+            if kept:
+                shown = [f"{np.mean(values):.2f}" if values else "" for values in found]
+                yield [METHODS[method].label, str(len(kept)), *shown]
+
+    return _markdown(["on the way", "runs", *keys], rows()) if keys else ""
 
 
 def _claim_table(outcomes: Outcomes) -> str:

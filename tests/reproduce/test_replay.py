@@ -32,6 +32,7 @@ from recap_fast.reproduce.replay_figure import _COLUMNS, draw_replay
 from recap_fast.reproduce.replay_results import (
     Outcome,
     Outcomes,
+    _course,
     _replayed,
     cost,
     interval,
@@ -210,13 +211,34 @@ def test_more_replay_than_the_share_is_compared_with_uniform_at_as_much() -> Non
     losses = [outcomes.runs["uniform", s, 2].loss("grounding") for s in FULL.shares]
     # Halfway between 10 and 20 % in the logarithm.
     expected = (losses[1] + losses[2]) / 2
-    found = outcomes.uniform_loss(10, math.sqrt(200), 2, "grounding")
+    more = outcome(replayed=math.sqrt(200))
+    found = outcomes.uniform_loss(more, 10, 2, "grounding")
     assert found is not None
     assert np.isclose(found, expected)
-    assert outcomes.uniform_loss(10, 10.0, 2, "grounding") == losses[1]
+    assert outcomes.uniform_loss(outcome(), 10, 2, "grounding") == losses[1]
     del outcomes.runs["uniform", 33, 2]
-    assert outcomes.uniform_loss(10, 14.0, 2, "grounding") is None
-    assert outcomes.uniform_loss(10, 10.0, 2, "grounding") == losses[1]
+    assert outcomes.uniform_loss(more, 10, 2, "grounding") is None
+    assert outcomes.uniform_loss(outcome(), 10, 2, "grounding") == losses[1]
+
+
+def test_what_is_compared_started_from_the_same_base() -> None:
+    """Uniform loses 0.1 from one base and 0.3 from the other, and RECAP 0.1 and 0.2."""
+    other = {**BASE, "grounding": 0.75}
+    runs = {
+        ("uniform", 10, 0): outcome(0.55),
+        ("recap", 10, 0): outcome(0.55),
+        ("recap", 10, 1): outcome(0.55, base=other),
+        ("dwa", 10, 0): outcome(0.55, base={**BASE, "grounding": 0.8}),
+    }
+    alone = Outcomes(runs, FULL)
+    assert alone.against_uniform("recap", 10, "grounding").tolist() == pytest.approx([0])
+    controls = [(("uniform", 10, 1), outcome(0.45, base=other))]
+    outcomes = Outcomes(runs, FULL, controls)
+    assert outcomes.against_uniform("recap", 10, "grounding").tolist() == pytest.approx([0, -0.1])
+    assert not len(outcomes.against_uniform("dwa", 10, "grounding"))
+    assert sorted(outcomes.losses("uniform", 10, "grounding")) == pytest.approx([0.1, 0.3])
+    assert [base["grounding"] for base in outcomes.bases] == [0.65, 0.75, 0.8]
+    assert "| Uniform | -0.200" in render_tables(outcomes)
 
 
 def test_the_share_that_keeps_grounding_lies_where_the_mean_crosses() -> None:
@@ -264,6 +286,28 @@ def test_rows_of_adaptive_shares_are_counted() -> None:
     # The first step has the share asked for, the last record is of a step that never comes.
     assert np.isclose(_replayed(RunHistory(rows), 10), (10 + 20) / 2)
     assert _replayed(RunHistory([{"step": 1}]), 10) == 10
+
+
+def test_the_course_of_a_run_is_kept(tmp_path) -> None:
+    (cell,) = grid(
+        replace(FULL, methods=("recap-retention",), shares=(20,), seeds=(3,)), tmp_path, tmp_path
+    )
+    rows = [
+        {"step": step, "grad_norm": norm, "weight/iou": 9.0, "unbalanced_weight/iou": weight,
+         "balance/iou": 0.25, "retention/iou": retained, "weight/ntp": 2.0}
+        for step, norm, weight, retained in [
+            (1, 0.5, 1.0, None), (2, 1.5, 2.0, 0.0), (3, None, 1.0, 0.1), (4, 0.5, 1.0, 0.0),
+        ]
+    ]  # fmt: skip
+    found = _course(RunHistory(rows), cell.config)
+    assert found == {
+        "grad_norm/90%": 1.3, "clipped": 0.3333, "weight/iou": 1.25, "balance/iou": 0.25,
+        "retained/iou": 0.3333, "weight/ntp": 2.0,
+    }  # fmt: skip
+    run = replace(outcome(), course=found)
+    tables = render_tables(Outcomes({("recap-retention", 20, 3): run}, FULL))
+    assert "| RECAP balanced, retention | 1 | 1.30 | 0.33 | 1.25 | 0.25 | 0.33 | 2.00 |" in tables
+    assert "on the way" not in render_tables(Outcomes({("uniform", 20, 3): outcome()}, FULL))
 
 
 def record(cell) -> None:
@@ -337,21 +381,29 @@ def test_runs_of_another_machine_are_not_done_again(tmp_path, recorded) -> None:
     results.write_text(json.dumps(content))
     del recorded[:]
     told = replay_report.run_replay(here, replace(FEW, seeds=(1, 0)), earlier=results)
+    # Uniform's are: what starts from the base of this machine is compared with Uniform from it.
     assert sorted(recorded) == sorted(
-        f"{method}/replay-20/seed-{seed}" for method in ("uniform", "recap") for seed in (0, 1)
+        f"{method}/replay-{share}/seed-{seed}"
+        for method, share in (("uniform", 10), ("uniform", 20), ("recap", 20))
+        for seed in (0, 1)
     )
     assert "All 10 runs that were asked for are finished." in told
     both = json.loads((here / "results.json").read_text())
-    assert len(both["runs"]) == 10
+    assert len(both["runs"]) == 12
     assert [call["started"] for call in both["calls"]] == ["call 0", "call 1"]
     assert len(both["machines"]) == 2
     assert {(run["share"], run["base"]["grounding"]) for run in both["runs"]} == {
-        (0, 0.7), (10, 0.7), (20, 0.6),
+        (0, 0.7), (10, 0.7), (10, 0.6), (20, 0.6),
     }  # fmt: skip
-    _, runs = read_earlier(here / "results.json", FEW)
-    assert {place[1]: run.loss("grounding") for place, run in runs.items()} == pytest.approx(
-        {0: 0.2, 10: 0.2, 20: 0.1}
-    )
+    _, outcomes = read_earlier(here / "results.json", FEW)
+    losses = {place[1]: run.loss("grounding") for place, run in outcomes.runs.items()}
+    assert losses == pytest.approx({0: 0.2, 10: 0.2, 20: 0.1})
+    assert [place for place, _ in outcomes.controls] == [("uniform", 10, 0), ("uniform", 10, 1)]
+    assert all(run.loss("grounding") == pytest.approx(0.1) for _, run in outcomes.controls)
+    # And it goes on from there without doing any of it again, on this machine or the other.
+    del recorded[:]
+    replay_report.run_replay(tmp_path / "third", FEW, earlier=here / "results.json")
+    assert not recorded
 
 
 @pytest.mark.parametrize(
