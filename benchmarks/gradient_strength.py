@@ -5,8 +5,9 @@
 Trains CONFIG (examples/smollm2-cpu.yaml) and every few steps measures the true norms, one backward
 pass an objective, beside those that the loss hands over. What `reweighting.balance` needs is how
 objectives compare, so each is taken relative to the geometric mean of its step's. Prints by what
-factor those differ from the true ones, beside the factors themselves, and the time of the loss with
-and without them, in turns, at the model's shapes.
+factor those differ from the true ones, beside the factors themselves and what the other candidate
+leaves, the root of the tokens' summed squared norms, in which nothing cancels; and the time of the
+loss with and without them, in turns, at the model's shapes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,12 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.measuring import provenance
 from recap_fast.config import TrainConfig, load_config
-from recap_fast.ops import fused_linear_policy_loss
+from recap_fast.ops import PolicyLossConfig, fused_linear_policy_loss, objective
+from recap_fast.ops.tokens import TokenTable
 from recap_fast.report.metrics import read_metrics
 from recap_fast.trainer import Trainer
+from recap_fast.training.optimization import UpdateStats
+from recap_fast.training.packing import PackedUpdate
 
 ROUNDS = 15
 TOKENS, HIDDEN, VOCABULARY, OBJECTIVES = 2048, 576, 49152, 3  # SmolLM2-135M
@@ -50,44 +56,85 @@ def main() -> None:
         ]
         config = load_config(given.config, overrides)
         trainer = Trainer(config)
+        token_norms = _watch_tokens(trainer)
         trainer.train()
         trainer.close()
-        found = _compare(config, read_metrics(Path(config.run)))
-    about = provenance(torch.device("cpu"), "python -m benchmarks.gradient_strength")
+        found = _compare(config, read_metrics(Path(config.run)), token_norms)
+    command = " ".join(["python -m benchmarks.gradient_strength", *sys.argv[1:]])
+    about = provenance(torch.device("cpu"), command)
     text = json.dumps({**about, "config": given.config, **found, "cost": _cost()}, indent=1)
     print(text)
     if given.json is not None:
         given.json.write_text(text + "\n")
 
 
-def _compare(config: TrainConfig, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _watch_tokens(trainer: Trainer) -> list[list[float]]:
+    """The other candidate of each step to come, [K]: what the sums are made of, squared before they
+    are summed."""
+    summed, take_step = objective.objective_gradients, trainer.optimizer.step
+    squares = torch.zeros(len(trainer.config.objectives))
+    found: list[list[float]] = []
+
+    def sums(
+        tokens: TokenTable,
+        logprobs: Tensor,
+        d_hidden: Tensor,
+        config: PolicyLossConfig,
+        loss_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        by_objective = objective.logprob_gradients(tokens, logprobs, config)
+        total = (by_objective * tokens.weights).sum(1)
+        parts = by_objective.where(total[:, None] != 0, 0.0) / total.where(total != 0, 1.0)[:, None]
+        squares.add_((parts.square() * d_hidden.float().square().sum(1, keepdim=True)).sum(0))
+        return summed(tokens, logprobs, d_hidden, config, loss_scale)
+
+    def step(update: PackedUpdate, weights: Tensor, lr: float) -> UpdateStats:
+        squares.zero_()  # of the passes that measure the true norms
+        stats = take_step(update, weights, lr)
+        found.append(squares.sqrt().tolist())
+        return stats
+
+    objective.objective_gradients = sums
+    trainer.optimizer.step = step  # type: ignore[method-assign]
+    return found
+
+
+def _compare(
+    config: TrainConfig, rows: list[Mapping[str, Any]], token_norms: list[list[float]]
+) -> dict[str, Any]:
     names = [objective.name for objective in config.objectives]
-    steps, true, told = [], [], []
+    steps, true, told, others = [], [], [], []
     for row in rows:
         if any(f"parameter_gradient_norm/{name}" not in row for name in names):
             continue
         steps.append(row["step"])
         true.append([row[f"parameter_gradient_norm/{name}"] or np.nan for name in names])
         told.append([row[f"gradient_norm/{name}"] or np.nan for name in names])
-    norms, pulls = (np.array(table, dtype=float) for table in (true, told))
-    missing = np.isnan(norms) | np.isnan(pulls)
-    norms[missing], pulls[missing] = np.nan, np.nan
+        others.append([norm or np.nan for norm in token_norms[int(row["step"]) - 1]])
+    norms, pulls, tokens = (np.array(table, dtype=float) for table in (true, told, others))
+    missing = np.isnan(norms) | np.isnan(pulls) | np.isnan(tokens)
+    norms[missing], pulls[missing], tokens[missing] = np.nan, np.nan, np.nan
 
     def relative(table: np.ndarray) -> np.ndarray:
         logs = np.log(table)
         return logs - np.nanmean(logs, axis=1, keepdims=True)
 
-    error = relative(pulls) - relative(norms)
     several = (~missing).sum(1) > 1  # of one alone there is nothing to tell
-    error, spread = error[several], relative(norms)[several]
+    spread = relative(norms)[several]
+    error = relative(pulls)[several] - spread
+    token_error = relative(tokens)[several] - spread
     known = ~np.isnan(error)
     return {
         "steps": steps,
         "objectives": names,
         "parameter_gradient_norms": _listed(norms),
         "pulls_at_hidden_states": _listed(pulls),
+        "root_of_summed_squares": _listed(tokens),
         "spread_of_true_norms": round(float(np.exp(np.abs(spread[known]).mean())), 3),
         "left_after_dividing_by_pulls": round(float(np.exp(np.abs(error[known]).mean())), 3),
+        "left_after_dividing_by_root_of_squares": round(
+            float(np.exp(np.abs(token_error[known]).mean())), 3
+        ),
         "correlation_of_logs": round(
             float(np.corrcoef(spread[known], (error + spread)[known])[0, 1]), 3
         ),

@@ -136,6 +136,7 @@ class Trainer:
         self._names = [objective.name for objective in config.objectives]
 
         # What the user can get wrong comes first, what takes long comes last.
+        together(lambda: _build_reweighter(config, torch.device("cpu")))
         in_parts = self.world.size > 1 or config.model.offload
         find_model = model_folder if in_parts else resolve_model
         model_path = self.world.one_by_host(lambda: find_model(config.model.path))

@@ -203,6 +203,15 @@ def test_balanced_weights_are_those_of_the_pulls_before_and_survive_a_stop(tmp_p
     assert without_times(read_metrics(parts / "run")) == expected
 
 
+def test_a_parameter_of_the_method_is_refused_before_the_model_is_loaded(
+    tmp_path, model, monkeypatch
+):
+    monkeypatch.setattr("recap_fast.trainer.load_sharded_policy", None)
+    config = tiny_config(tmp_path, model, "reweighting.parameters={retention: -1}")
+    with pytest.raises(ConfigError, match="reweighting: retention must be .* got -1"):
+        Trainer(config)
+
+
 def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path, model):
     config = tiny_config(tmp_path, model, "training.steps=3", "checkpoint.every=2")
     trainer = Trainer(config)

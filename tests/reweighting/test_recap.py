@@ -360,6 +360,19 @@ def test_what_is_lost_gains_weight(signal: Any, steps_of_change: int, alpha: flo
     assert without[0] < 1 or steps_of_change == 1  # what retention is there for
 
 
+@pytest.mark.parametrize("prompts", [1, 16])
+def test_what_is_seen_of_a_loss_depends_on_how_many_prompts_a_step_has(prompts: int) -> None:
+    """An IoU that falls from 0.63 to 0.31 within 40 steps, as where little is replayed. Prompts
+    differ by 0.2, and so do the 8 rollouts of one."""
+    generator = np.random.default_rng(0)
+    mean = 0.63 - 0.32 * np.clip((np.arange(120) - 30) / 40, 0, 1)[:, None]
+    spread = 0.2 * np.sqrt((1 + 1 / 8) / prompts)
+    values = np.clip(mean + spread * generator.standard_normal((120, 40)), 0, 1)
+    _, retentions, _ = follow(values, "reward", retention=20.0)
+    seen = (retentions[60:] > 0).any(0).mean()
+    assert seen == 1 if prompts == 16 else 0.3 < seen < 0.8
+
+
 def test_what_comes_back_loses_the_weight_again() -> None:
     values = np.full((120, 2), 0.8)
     values[40:80, 0] = 0.4
