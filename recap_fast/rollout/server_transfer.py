@@ -123,14 +123,19 @@ class TransferEngine(WeightTransferEngine):
         timer.start()
         try:
             self._load(self._copy.receive(weights, group, self.device))
-        except BaseException:
+        except BaseException as error:
             group.abort()
+            if late.is_set():  # what an abort does to a broadcast says nothing of the reason
+                raise self._too_late() from error
             raise
         finally:
             timer.cancel()
         if late.is_set():
-            raise RuntimeError(f"the trainer did not send its weights within {self._timeout:g} s")
+            raise self._too_late()
         self._group = group
+
+    def _too_late(self) -> RuntimeError:
+        return RuntimeError(f"the trainer did not send its weights within {self._timeout:g} s")
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         wanted = {name for name, _ in self.model.named_parameters()}

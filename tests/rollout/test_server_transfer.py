@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from recap_fast.rollout import nccl_group
+from recap_fast.rollout.sent_weights import BroadcastWeights, GroupInfo, in_thread, place
 from recap_fast.rollout.server_transfer import TransferEngine
+
+CPU = torch.device("cpu")
 
 
 class Packing(QuantizeMethodBase):
@@ -66,3 +71,70 @@ def test_what_was_left_half_done_is_no_part_of_the_next_update(is_ended: bool) -
     engine.finish_weight_update()
     assert torch.equal(model.a, torch.full((2, 3), -2.0))
     assert torch.equal(model.b, torch.full((2, 3), -2.0))
+
+
+class SilentGroup:
+    """Whose trainer sends nothing: a broadcast ends once the group is aborted, and no sooner.
+    NCCL's then returns, with whatever the memory holds, or raises."""
+
+    def __init__(self, *, raises: bool) -> None:
+        self.aborted = threading.Event()
+        self._raises = raises
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        assert self.aborted.wait(60)
+        if self._raises:
+            raise RuntimeError("NCCL error: unhandled system error")
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+def receiver(timeout: float) -> Any:
+    """vLLM's side of a broadcast of one weight."""
+    engine: Any = TransferEngine.__new__(TransferEngine)
+    engine.device, engine._timeout = CPU, timeout
+    engine.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+    engine.model = nn.Linear(3, 2, bias=False)
+    engine.model.load_weights = lambda tensors: {name for name, _ in tensors}
+    return engine
+
+
+def one_weight() -> BroadcastWeights:
+    index: list[list[Any]] = []
+    return BroadcastWeights(place(index, "weight", torch.float32, (2, 3)), 16, index)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_trainer_that_sends_nothing_is_given_up(raises: bool) -> None:
+    engine = receiver(0.2)
+    engine._group = group = SilentGroup(raises=raises)
+    receiving = in_thread(lambda: engine.receive_weights(one_weight()), "receiving")
+    with pytest.raises(RuntimeError, match=r"did not send its weights within 0\.2 s"):
+        receiving.result(30)
+    assert group.aborted.is_set()
+    with pytest.raises(RuntimeError, match="is in no group of the trainer's"):
+        engine.receive_weights(one_weight())
+
+
+def test_a_group_that_was_in_time_stays() -> None:
+    engine = receiver(0.2)
+    engine._group = group = SilentGroup(raises=False)
+    group.broadcast = lambda tensor: None  # type: ignore[method-assign]
+    engine.receive_weights(one_weight())
+    assert not group.aborted.wait(0.5)
+    assert engine._group is group
+
+
+def test_a_group_that_does_not_come_about_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(nccl_group, "join", lambda *_, **__: never.wait(60))
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    engine = receiver(600.0)
+    joining = in_thread(
+        lambda: engine.init_transfer_engine(GroupInfo("", 1, 2, 0.2, cumem=None)), "joining"
+    )
+    with pytest.raises(RuntimeError, match=r"group was not complete within 0\.2 s"):
+        joining.result(30)
+    assert engine._group is None
+    never.set()
