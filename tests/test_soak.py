@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,14 +30,15 @@ def test_a_run_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "tools.soak", "--steps", "10", "--kills", "3", "--seed", "2",
+            sys.executable, "-m", "tools.soak", "--steps", "10", "--each", "1", "--seed", "2",
             "--out", str(out),
         ],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(out.read_text())
-    assert 1 <= sum(summary["kills"].values()) <= 3  # it may end before the last one
+    assert summary["kills"] == dict.fromkeys(sorted(soak.VICTIMS), 1)
+    assert summary["starts of the trainer"] == 2
     assert summary["prompts trained on once"] > 10
 
 
@@ -58,6 +60,27 @@ def test_steps_that_went_another_way_are_told_apart(tmp_path: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in found)
         (tmp_path / name / "metrics.jsonl").write_text(lines)
     assert soak.agreeing(tmp_path / "one", tmp_path / "other") == [1, 3]
+    assert soak.compare(tmp_path / "one", tmp_path / "one", 5) == 5
+    with pytest.raises(soak.Problem, match=r"unbroken run in the steps \[2, 4, 5\]"):
+        soak.compare(tmp_path / "one", tmp_path / "other", 5)
+
+
+def test_the_command_fails_where_anything_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "soak.json"
+    monkeypatch.setattr(sys, "argv", ["soak", "--out", str(out)])
+
+    def differing(*_: Any) -> dict[str, Any]:
+        raise soak.Problem("losses are others")
+
+    monkeypatch.setattr(soak, "soak", lambda *_: {"steps": 3})
+    assert soak.main() == 0
+    assert json.loads(out.read_text()) == {"steps": 3}
+    out.unlink()
+    monkeypatch.setattr(soak, "soak", differing)
+    assert soak.main() == 1
+    assert not out.exists()
 
 
 def test_runs_agree_by_their_seed(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ makes for each process, where nobody was left to remove it: of trainers that wer
 and of servers whose keeper was killed, before them or while it cleaned up after them. These are
 counted apart.
 
-In turns (--depth 0) nothing but the seed decides what is sampled: losses and rewards are compared,
-step by step, with those of the same run unbroken. One step off it depends on the moment which
+In turns (--depth 0) nothing but the seed decides what is sampled: losses and rewards must be, step
+by step, those of the same run unbroken. One step off it depends on the moment which
 weights sample a request that an update passes by, and no two runs are alike.
 
     python -m tools.soak --depth 0 --steps 40 --kills 8
@@ -280,7 +280,26 @@ def check(
     return problems
 
 
-def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[str, Any]:
+def compare(run: Path, unbroken: Path, steps: int) -> int:
+    """How many steps there are, all of which have the losses and rewards of another run.
+
+    Raises:
+        Problem: some have others.
+    """
+    same = agreeing(run, unbroken)
+    others = [step for step in range(1, steps + 1) if step not in same]
+    if others:
+        raise Problem(f"losses or rewards are not those of the unbroken run in the steps {others}")
+    return len(same)
+
+
+def soak(
+    folder: Path, steps: int, kills: int, seed: int, depth: int, each: int = 0
+) -> dict[str, Any]:
+    """Args:
+    each: kills of each kind, in the place of `kills` of any, the last while a third of the run is
+        left: a run that ends before them has failed.
+    """
     from tests.rollout.conftest import random_llama
     from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -291,7 +310,10 @@ def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[st
     run, log = Path(config.run), folder / "log"
     dice = random.Random(seed)
     # Kills are spread over the run, and fall at any moment of a step or a start.
-    marks = sorted(dice.uniform(0, steps - 1) for _ in range(kills))
+    kinds = list(VICTIMS) * each
+    dice.shuffle(kinds)
+    last = steps * 2 / 3 if each else steps - 1
+    marks = sorted(dice.uniform(0, last) for _ in range(len(kinds) or kills))
     before = in_shared_memory()
     alone: set[int] = set()
     under: dict[int, set[int]] = {}
@@ -327,7 +349,7 @@ def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[st
                 with suppress(psutil.Error):
                     seen[one.pid] = " ".join(one.cmdline())[:200]
             if marks and step >= marks[0]:
-                kind = dice.choice(VICTIMS)
+                kind = kinds[0] if kinds else dice.choice(VICTIMS)
                 if found[kind]:
                     time.sleep(dice.uniform(0, 1.0))
                     chosen = dice.choice(found[kind])
@@ -338,8 +360,11 @@ def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[st
                         continue
                     alone |= {chosen.pid} if kind == "trainer" else under.get(chosen.pid, set())
                     marks.pop(0)
+                    del kinds[:1]
                     done[kind] += 1
     problems = check(config, seen, before, alone)
+    if kinds:
+        problems.append(f"the run ended before these were killed: {kinds}")
     if problems:
         raise Problem("\n".join(problems))
     rows = read_metrics(run)
@@ -348,11 +373,8 @@ def soak(folder: Path, steps: int, kills: int, seed: int, depth: int) -> dict[st
     if depth == 0:
         with CONSOLE.status("the same run unbroken"):
             train_unbroken(file, folder / "unbroken", folder / "unbroken.log")
-        same = agreeing(run, folder / "unbroken")
-        compared = {
-            "steps with the losses and rewards of the unbroken run": len(same),
-            "steps with others": [step for step in range(1, steps + 1) if step not in same],
-        }
+        same = compare(run, folder / "unbroken", steps)
+        compared = {"steps with the losses and rewards of the unbroken run": same}
     return {
         "depth": depth,
         "steps": steps,
@@ -374,13 +396,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--each", type=int, default=0, help="kills of each kind, not of any")
     parser.add_argument("--depth", type=int, default=1, help="rollout.async.depth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the summary")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         try:
-            summary = soak(Path(folder), options.steps, options.kills, options.seed, options.depth)
+            summary = soak(
+                Path(folder), options.steps, options.kills, options.seed, options.depth,
+                options.each,
+            )  # fmt: skip
         except Problem as problem:
             CONSOLE.print(f"[red]failed[/]: {problem}", highlight=False)
             return 1
