@@ -20,7 +20,7 @@ from recap_fast.rollout.server_command import (
     server_environment,
     server_key,
 )
-from recap_fast.rollout.server_process import ServerProcess
+from recap_fast.rollout.server_process import ServerProcess, new_key
 from recap_fast.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
     """
     host = host.strip("[]")  # of IPv6, as in a URL
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    key = server_key()
-    if key is None and not is_loopback(url):
+    given = server_key()
+    if given is None and not is_loopback(url):
         raise UserError(
             f"--host {host} lets others reach routes that replace the model's weights: set a key "
             f"in the environment, here and where runs attach: export {KEY_VARIABLE}=$(openssl rand "
@@ -49,12 +49,6 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
         )
     _check_free(host, port)
     adapters = config.model.lora if config.rollout.server.adapters == "named" else None
-    if key is None and adapters is not None:
-        raise UserError(
-            f"rollout.server.adapters is named, for which a server opens routes that read any "
-            f"folder of its host: set a key in the environment, here and where runs attach: export "
-            f"{KEY_VARIABLE}=$(openssl rand -hex 32)"
-        )
     path = resolve_model(config.model.path)
     images = load_image_encoder(path, config.data)
     check_installed(takes_images=images is not None)
@@ -75,10 +69,13 @@ def serve(config: TrainConfig, host: str, port: int) -> int:
         image_pixels=images.pixel_budget if images else None,
         host=host,
         port=port,
-        guarded=key is not None,
         adapter_rank=None if adapters is None else adapters.rank,
     )
     logger.info("serving %s at %s; attach with --set 'rollout.server.urls=[%s]'", path, url, url)
+    key = given or new_key()
+    if given is None:  # every user of this host reaches loopback
+        logger.info("runs need its key, made for this start, in their environment:")
+        print(f"export {KEY_VARIABLE}={key}", flush=True)  # in one line, to be copied
     environment = server_environment(key, gpus, takes_adapters=adapters is not None)
     process = ServerProcess(command, environment, log=None)
     try:

@@ -133,6 +133,7 @@ NOT_RUN = {
         "tests/simulate/test_command.py compares with another run"
     ),
     "recap-fast bench logprobs --shapes cpu": HOURS,
+    "export RECAP_FAST_SERVER_KEY=$(openssl rand -hex 32)": "is for the two after it",
     "recap-fast serve examples/smollm2-cpu.yaml --set rollout.engine=vllm_server --port 8000": (
         "serves until it is ended; tests/test_server_training.py runs it and attaches to it"
     ),

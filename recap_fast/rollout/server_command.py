@@ -93,7 +93,6 @@ def server_command(
     image_pixels: tuple[int, int] | None,
     port: int,
     host: str = "127.0.0.1",
-    guarded: bool = True,
     adapter_rank: int | None = None,
 ) -> list[str]:
     """The command line of one server.
@@ -101,7 +100,6 @@ def server_command(
     Args:
         takes_images: whether it serves a vision-language model.
         image_pixels: least and largest area of the images; None where no row has any.
-        guarded: whether it wants the key of its environment.
         adapter_rank: of the adapters that it loads by name; None: it loads none.
     """
     options: dict[str, Any] = {
@@ -122,9 +120,8 @@ def server_command(
         "worker-extension-cls": EXTENSION,
         "scheduling-policy": "priority",
         "uvicorn-log-level": "warning",
+        "middleware": GUARD,
     }
-    if guarded:
-        options["middleware"] = GUARD
     if device.type == "cuda":
         options["gpu-memory-utilization"] = config.server.gpu_memory_utilization
     else:
