@@ -58,6 +58,12 @@ def prompts(tokenizer: Any) -> list[Prompt]:
 
 
 @pytest.fixture
+def long_prompt() -> Prompt:
+    """Of more than two of a server's cache blocks, so that its prefix is kept."""
+    return Prompt("test", 0, [(7 * i) % 90 + 3 for i in range(80)], "", "", {})
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool leaves a server after about two seconds of silence."""
     monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 0.1)

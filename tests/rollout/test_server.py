@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
@@ -13,30 +15,34 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from recap_fast.config import RolloutConfig
+from recap_fast.config import LoraConfig, RolloutConfig
+from recap_fast.model.lora import add_adapters
 from recap_fast.rollout import server_pool
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 from tests.rollout.conftest import random_llama, start_vllm
-from tests.rollout.test_vllm import GROUPS, mean_mismatch, perturb
+from tests.rollout.test_server_adapters import redraw
+from tests.rollout.test_vllm import GROUPS, PROJECTIONS, mean_mismatch, perturb
 from tests.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPEC = SamplingSpec(3, 24, 1.0, seed=5)
+REUSED = "vllm:prefix_cache_hits_total"
+"""vLLM's count of tokens whose keys and values it had."""
 
 
-def start(model: LlamaForCausalLM, folder: Path) -> Any:
+def start(model: LlamaForCausalLM, folder: Path, count: int = 1) -> Any:
     pytest.importorskip("vllm")
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     config = {
         "engine": "vllm_server", "dtype": "float32", "cpu_kv_cache_gib": 0.05,
-        "server": {"timeout": 60.0},
+        "server": {"timeout": 60.0, "count": count},
     }  # fmt: skip
     return make_engine(
         RolloutConfig.model_validate(config),
@@ -50,16 +56,29 @@ def start(model: LlamaForCausalLM, folder: Path) -> Any:
     )
 
 
-def processes(engine: Any) -> list[psutil.Process]:
-    keeper = psutil.Process(engine._pool.members[0].process._keeper.pid)
+def processes(engine: Any, server: int = 0) -> list[psutil.Process]:
+    keeper = psutil.Process(engine._pool.members[server].process._keeper.pid)
     return [keeper, *keeper.children(recursive=True)]
+
+
+def sampled(engine: Any) -> list[float]:
+    """Tokens that each server has sampled since its start."""
+    return [engine._run(member.client.sampled_tokens()) for member in engine._pool.members]
+
+
+def wait_for_all(engine: Any) -> None:
+    until = time.monotonic() + 300
+    while any(member.state != "up" for member in engine._pool.members):
+        assert time.monotonic() < until, engine._pool.members
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    found = start(random_llama(tied=False), tmp_path_factory.mktemp("server"))
+    """Two servers."""
+    found = start(random_llama(tied=False), tmp_path_factory.mktemp("server"), count=2)
     yield found
-    kept = processes(found)
+    kept = processes(found, 0) + processes(found, 1)
     found.close()
     assert not [p for p in kept if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
@@ -74,11 +93,11 @@ def test_completions_are_those_of_the_weights_that_it_was_given(
 ) -> None:
     engine.sync_weights(iter_weights(model, engine.dtype), 4)
     finished: list[int] = []
-    client = engine._pool.members[0].client
-    before = engine._run(client.sampled_tokens())
+    before = sampled(engine)
     rollouts = engine.generate(prompts, SPEC, lambda group: finished.append(group[0].group))
-    sampled = engine._run(client.sampled_tokens()) - before
-    assert sampled == sum(len(r.token_ids) for r in rollouts)
+    shares = [now - then for now, then in zip(sampled(engine), before, strict=True)]
+    assert sum(shares) == sum(len(r.token_ids) for r in rollouts)
+    assert all(shares), "both have sampled some"
     assert [r.group for r in rollouts] == [g for g in range(len(prompts)) for _ in range(3)]
     assert sorted(finished) == list(range(len(prompts)))
     for r in rollouts:
@@ -130,6 +149,64 @@ def test_every_group_of_parameters_arrives(
     assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
 
 
+@pytest.fixture(scope="module")
+def adapted() -> LlamaForCausalLM:
+    pytest.importorskip("peft")
+    found = random_llama(tied=False)
+    add_adapters(found, LoraConfig(rank=4, alpha=6), "base")
+    redraw(found, 0)
+    return found
+
+
+@pytest.mark.parametrize("group", PROJECTIONS)
+def test_every_group_of_merged_adapters_arrives(
+    group: str, engine: Any, adapted: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    """For servers a model like any other."""
+    engine.sync_weights(iter_weights(adapted, engine.dtype), 1)
+    perturb(adapted, f"{group}.lora_B", 0.3)
+    with pytest.raises(WeightSyncError):
+        verify_sync(engine, adapted, prompts, tolerance=1e-4)
+    engine.sync_weights(iter_weights(adapted, engine.dtype), 2)
+    report = verify_sync(engine, adapted, prompts, tolerance=1e-5)
+    assert report.stale == []
+    assert report.num_compared == 21
+
+
+def check_that_no_prefix_outlives(
+    engine: Any, prompt: Prompt, old: LlamaForCausalLM, new: LlamaForCausalLM, update: Any
+) -> None:
+    """Between two versions of the weights; the prompt's keys and values are kept within one."""
+    client = engine._pool.members[0].client
+
+    def reused() -> float:
+        text = engine._run(client._ask("GET", "/metrics", "counting", is_text=True))
+        lines = [line for line in text.splitlines() if line.startswith(REUSED)]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    for _ in range(2):
+        before = reused()
+        assert mean_mismatch(old, engine.generate([prompt], SPEC), 1.0) < 1e-5
+    assert reused() > before, "the prompt is of more than a block, or the rest proves nothing"
+    update()
+    rollouts = engine.generate([prompt], SPEC)
+    assert mean_mismatch(old, rollouts, 1.0) > 1e-3
+    assert mean_mismatch(new, rollouts, 1.0) < 1e-5
+
+
+def test_no_prefix_of_the_old_weights_is_used(
+    engine: Any, model: LlamaForCausalLM, long_prompt: Prompt
+) -> None:
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    old = copy.deepcopy(model)
+    perturb(model, "layers.0.self_attn.v_proj", 0.5)
+
+    def update() -> None:
+        engine.sync_weights(iter_weights(model, engine.dtype), 2)
+
+    check_that_no_prefix_outlives(engine, long_prompt, old, model, update)
+
+
 def test_weights_are_its_own_once_it_has_taken_them_over(
     engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
 ) -> None:
@@ -160,17 +237,21 @@ def in_flight(engine: Any, prompts: list[Prompt], count: int) -> list[Any]:
 
 
 def across_an_update(
-    engine: Any, old: LlamaForCausalLM, new: LlamaForCausalLM, prompts: list[Prompt]
+    engine: Any,
+    old: PreTrainedModel,
+    new: PreTrainedModel,
+    prompts: list[Prompt],
+    versions: tuple[int, int] = (1, 2),
 ) -> list[Rollout]:
-    """Completions in whose midst the version of the weights became 2. Requests come and go faster
+    """Completions in whose midst the weights changed. Requests come and go faster
     than an update on a busy machine: some tries may find none under way."""
     for _ in range(10):
-        engine.sync_weights(iter_weights(old, engine.dtype), 1)
+        engine.sync_weights(iter_weights(old, engine.dtype), versions[0])
         futures = in_flight(engine, prompts, 60)
-        engine.sync_weights(iter_weights(new, engine.dtype), 2)
+        engine.sync_weights(iter_weights(new, engine.dtype), versions[1])
         rollouts = [r for future in futures for r in future.result(timeout=300)]
         assert all(list(r.versions) == sorted(r.versions) for r in rollouts)
-        if mixed := [r for r in rollouts if set(r.versions) == {1, 2}]:
+        if mixed := [r for r in rollouts if set(r.versions) == {*versions}]:
             return mixed
     pytest.fail("the test should see rollouts that two versions of the weights have sampled")
 
@@ -186,8 +267,7 @@ def test_requests_in_flight_survive_an_update_and_say_so(
         count = list(r.versions).count(1)
         part = Rollout(r.prompt, 0, r.token_ids[:count], r.logprobs[:count], "length", "")
         assert mean_mismatch(old, [part], 1.0) < 1e-5
-    fresh = engine.generate(prompts, SPEC)
-    assert mean_mismatch(model, fresh, 1.0) < 1e-5, "no prefix of the old weights is used"
+    assert mean_mismatch(model, engine.generate(prompts, SPEC), 1.0) < 1e-5
 
 
 def test_requests_in_flight_recompute_where_that_is_asked_for(
@@ -203,16 +283,26 @@ def test_requests_in_flight_recompute_where_that_is_asked_for(
         assert (ours - torch.tensor(r.logprobs)[count:]).abs().mean() < 1e-4
 
 
-@pytest.mark.parametrize("victim", ["engine", "keeper"])  # test_server_named.py kills the server
-def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
-    victim: str, engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+@pytest.mark.parametrize(
+    "victim",  # test_server_named.py kills the HTTP process of an only server
+    ["engine", pytest.param("keeper", marks=pytest.mark.variant)],
+)
+def test_the_other_answers_for_a_server_that_is_killed_until_it_is_back(
+    victim: str,
+    engine: Any,
+    model: LlamaForCausalLM,
+    prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     perturb(model, "norm", 0.5)
     engine.sync_weights(iter_weights(model, engine.dtype), 3)
-    before, reissued = processes(engine), engine._pool.reissued
+    member, reissued = engine._pool.members[0], engine._pool.reissued
+    before, other = processes(engine), processes(engine, 1)
     assert not shared_memory(before), "no processes that talk through what their death leaves"
     if not torch.cuda.is_available():  # else it is spawned, which takes a fourth process
         assert len(before) == 3, "keeper, HTTP process, and the engine that this has forked"
+    start, is_answered = member.start, threading.Event()
+    monkeypatch.setattr(member, "start", lambda: is_answered.wait(300) and start())
     futures = in_flight(engine, prompts, 60)
     (engine_process,) = [p for p in before if "EngineCor" in p.name()]
     dying = engine_process if victim == "engine" else before[0]
@@ -225,8 +315,15 @@ def test_a_server_that_is_killed_is_restarted_and_nothing_is_lost(
     assert victim == "keeper" or engine._pool.reissued > reissued
     gone, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
-    again = engine.generate(prompts, SPEC)
+    is_answered.set()
+    while member.state == "up":  # it may not be known yet that the last request was answered
+        time.sleep(0.1)
+    wait_for_all(engine)
+    assert processes(engine, 1) == other
     assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
+    assert sampled(engine)[0] == 0
+    again = engine.generate(prompts, SPEC)
+    assert sampled(engine)[0] > 0
     assert {version for r in again for version in r.versions} == {3}
     assert mean_mismatch(model, again, 1.0) < 1e-5, "it came back with the weights"
 
@@ -245,11 +342,15 @@ def test_a_server_that_stops_answering_is_restarted(
     monkeypatch.setattr(engine._pool, "_timeout", 15.0)
     monkeypatch.setattr(server_pool, "_HEALTH_WAIT", 3.0)
     engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    before = processes(engine)
     futures = in_flight(engine, prompts, 12)
-    for process in processes(engine)[1:]:
+    for process in before[1:]:
         os.kill(process.pid, signal.SIGSTOP)
     rollouts = [r for future in futures for r in future.result(timeout=300)]
     assert len(rollouts) == 12 * 4
+    psutil.wait_procs(before, timeout=60)  # so it is known, whether or not it had requests
+    wait_for_all(engine)
+    assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, model: LlamaForCausalLM) -> None:

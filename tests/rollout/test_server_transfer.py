@@ -138,3 +138,10 @@ def test_a_group_that_does_not_come_about_is_given_up(monkeypatch: pytest.Monkey
         joining.result(30)
     assert engine._group is None
     never.set()
+
+
+def test_a_side_that_sets_nccl_differently_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl_group, "join", lambda *_, **__: pytest.fail("it joins"))
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    with pytest.raises(RuntimeError, match="is unset in the server and 0 in the trainer"):
+        receiver(1.0).init_transfer_engine(GroupInfo("", 1, 2, 1.0, cumem="0"))

@@ -32,6 +32,7 @@ GROUPS = [
     "layers.1.mlp.up_proj",
     "layers.0.mlp.down_proj",
 ]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def mean_mismatch(model: LlamaForCausalLM, rollouts: list[Rollout], temperature: float) -> float:
