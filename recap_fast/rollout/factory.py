@@ -70,6 +70,12 @@ def make_engine(
         from recap_fast.rollout.server import ServerEngine
         from recap_fast.rollout.server_worker import model_sizes
 
+        if image_pixels is not None and config.asynchronous.on_update == "recompute":
+            raise EngineError(
+                "rollout.async.on_update is recompute, and rows have images: vllm's engine ends "
+                "where it recomputes a request with images after it has dropped what it cached of "
+                "them (--set rollout.async.on_update=keep)"
+            )
         return ServerEngine(
             config,
             model_path=model_path,

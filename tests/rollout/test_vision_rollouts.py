@@ -14,6 +14,7 @@ from safetensors import safe_open
 from recap_fast.config import RolloutConfig
 from recap_fast.model.policy import Policy
 from recap_fast.model.vision import MODEL_TYPES
+from recap_fast.rollout import factory
 from recap_fast.rollout.embedded import EmbeddedEngine, inference_state
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
@@ -108,6 +109,18 @@ def test_prompts_that_do_not_fit_are_named():
     text = make_engine(tiny_llama())
     with pytest.raises(EngineError, match=r"prompt pictures:0 has images, but the model takes non"):
         text.generate([prompt], SamplingSpec(1, 4, 1.0, 0))
+
+
+def test_servers_that_recompute_take_no_images():
+    """vLLM's would end at an update."""
+    with pytest.raises(EngineError, match=r"on_update is recompute, and rows have images: vllm's"):
+        factory.make_engine(
+            RolloutConfig.model_validate(
+                {"engine": "vllm_server", "async": {"depth": 1, "on_update": "recompute"}}
+            ),
+            model=packed_vision_model("qwen2_5_vl"), model_path="", tokenizer=tiny_tokenizer(),
+            max_model_len=128, seed=0, device="cpu", image_pixels=(64, 4096),
+        )  # fmt: skip
 
 
 # ---- vLLM: what it is sent, and what comes back
