@@ -20,15 +20,14 @@ from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import verify_sync
 from recap_fast.types import Prompt, SamplingSpec, WeightSyncError
 from tests.rollout.conftest import random_llama
-from tests.rollout.test_server import in_flight, processes
+from tests.rollout.test_server import check_that_no_prefix_outlives, in_flight, processes
 from tests.rollout.test_server_adapters import redraw
-from tests.rollout.test_vllm import mean_mismatch, perturb
+from tests.rollout.test_vllm import PROJECTIONS, mean_mismatch, perturb
 from tests.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPEC = SamplingSpec(3, 24, 1.0, seed=5)
-GROUPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def loaded(engine: Any) -> list[str]:
     return engine._run(engine._pool.members[0].client.adapters())
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", PROJECTIONS)
 def test_every_group_of_adapters_arrives(
     group: str, engine: Any, model: Any, prompts: list[Prompt]
 ) -> None:
@@ -110,7 +109,14 @@ def test_requests_in_flight_end_with_their_own_version(
     assert {v for r in rollouts for v in r.versions} == {2 * attempt + 1}
     assert {v for r in fresh for v in r.versions} == {2 * attempt + 2}
     assert mean_mismatch(old, rollouts[:16], 1.0) < 1e-5
-    assert mean_mismatch(model[0], fresh, 1.0) < 1e-5, "no prefix of the old version is used"
+    assert mean_mismatch(model[0], fresh, 1.0) < 1e-5
+
+
+def test_no_prefix_of_the_old_version_is_used(engine: Any, model: Any, long_prompt: Prompt) -> None:
+    give(engine, 1)
+    old = copy.deepcopy(model[0])
+    perturb(model[0], "layers.0.self_attn.v_proj.lora_B", 0.5)
+    check_that_no_prefix_outlives(engine, long_prompt, old, model[0], lambda: give(engine, 2))
 
 
 def test_old_names_are_unloaded_and_none_comes_again(engine: Any, model: Any) -> None:
