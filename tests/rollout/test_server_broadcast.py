@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from recap_fast.rollout import server_command, transfer
 from recap_fast.rollout.cuda_memory import ExportedMemory
 from recap_fast.rollout.mismatch import verify_sync
 from recap_fast.rollout.protocol import iter_weights
-from recap_fast.rollout.shared_weights import DeviceMemoryWeights
-from recap_fast.types import Prompt
+from recap_fast.rollout.shared_weights import DeviceMemoryWeights, SharedMemoryWeights
+from recap_fast.types import Prompt, WeightSyncError
 from tests.rollout import cuda_stand_in, gloo_group
 from tests.rollout.conftest import random_llama
 from tests.rollout.test_server import SPEC, processes, start
-from tests.rollout.test_vllm import mean_mismatch, perturb
+from tests.rollout.test_vllm import GROUPS, mean_mismatch, perturb
 
 pytestmark = [
     pytest.mark.slow,
@@ -149,3 +150,46 @@ def test_a_server_that_is_killed_comes_back_with_the_weights(
     engine.sync_weights(iter_weights(model, engine.dtype), 9)
     check_sent_after_a_few_changes(engine, kind)
     assert mean_mismatch(model, engine.generate(prompts, SPEC), 1.0) < 1e-5
+
+
+def test_sides_that_set_nccl_differently_form_no_group(
+    engine: Any, kind: str, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which NCCL would let hang. Once they agree again there is one."""
+    if kind != "nccl":
+        pytest.skip("as nccl, or without groups")
+    engine.sync_weights(iter_weights(model, engine.dtype), 10)
+    engine._transfer._drop()
+    client = engine._pool.members[0].client
+    with monkeypatch.context() as patch:
+        patch.setenv("NCCL_CUMEM_ENABLE", "0")
+        patch.setattr(engine._transfer, "_join", lambda *_, **__: MagicMock())  # does not wait
+        lost = engine._run(engine._transfer.send([client], engine._pool._weights))
+    said = "NCCL_CUMEM_ENABLE is unset in the server and 0 in the trainer"
+    assert said in str(lost[client])
+    engine.sync_weights(iter_weights(model, engine.dtype), 11)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_of_a_tied_model_arrives_through_shared_memory(
+    group: str,
+    engine: Any,
+    kind: str,
+    model: LlamaForCausalLM,
+    prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Servers take weights in any way that the trainer chooses, so this one serves for that too.
+    The embedding is the head."""
+    if kind != "nccl":
+        pytest.skip("as with nccl")
+    shared = transfer.MemoryTransfer(SharedMemoryWeights(engine.dtype))
+    monkeypatch.setattr(engine, "_transfer", shared)
+    monkeypatch.setattr(engine._pool, "_transfer", shared)
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    perturb(model, group)
+    with pytest.raises(WeightSyncError):
+        verify_sync(engine, model, prompts, tolerance=1e-4)
+    engine.sync_weights(iter_weights(model, engine.dtype), 2)
+    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+    shared.close()
