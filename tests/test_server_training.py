@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,9 +65,6 @@ def write_config(
     return file
 
 
-KEY = "a-key-for-these-tests"
-
-
 def start(file: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     launcher = [
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -77,7 +75,7 @@ def start(file: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[s
             "-m", "recap_fast", "train", str(file), *arguments,
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", KEY_VARIABLE: KEY},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -111,22 +109,26 @@ def _wait_for_port(port: int, serving: subprocess.Popen[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def attached(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[list[str]]:
-    """What attaches a run to a server that outlives it."""
+    """What attaches a run to a server that outlives it, and has made its key itself."""
     port = free_port()
     file = write_config(tmp_path_factory.mktemp("served"), model)
-    with file.with_name("serve.log").open("w") as log:
+    log = file.with_name("serve.log")
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as output:
+        patch.delenv(KEY_VARIABLE, raising=False)
         serving = subprocess.Popen(
             [sys.executable, "-m", "recap_fast", "serve", str(file), "--port", str(port)],
-            cwd=ROOT, env=os.environ | {KEY_VARIABLE: KEY}, stdout=log, stderr=log,
+            cwd=ROOT, stdout=output, stderr=output,
         )  # fmt: skip
-    try:
-        _wait_for_port(port, serving)
-        yield ["--set", f"rollout.server.urls=[http://127.0.0.1:{port}]"]
-        assert serving.poll() is None, "it is there for the next run"
-        started = descendants(serving)
-    finally:
-        serving.send_signal(signal.SIGINT)
-        serving.wait(timeout=60)
+        try:
+            _wait_for_port(port, serving)
+            printed = re.findall(rf"^export {KEY_VARIABLE}=(\S+)$", log.read_text(), re.M)
+            patch.setenv(KEY_VARIABLE, *printed)  # as a user does with that line
+            yield ["--set", f"rollout.server.urls=[http://127.0.0.1:{port}]"]
+            assert serving.poll() is None, "it is there for the next run"
+            started = descendants(serving)
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.wait(timeout=60)
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
@@ -320,7 +322,8 @@ def test_a_run_attaches_to_a_server(
 
 
 def test_a_run_with_images_trains_its_tower_through_a_server(tmp_path: Path) -> None:
-    """Were the tower not synced, or an image's old features used, log-probs would differ."""
+    """Were the tower not synced log-probs would differ. Images that were seen before an update:
+    tests/rollout/test_server_vision.py."""
     if not is_torchvision_available():
         pytest.skip("vllm takes images with torchvision alone")
     folder = save_tiny_vision_model(tmp_path / "model", **TEXT)
