@@ -319,7 +319,9 @@ def test_the_other_answers_for_a_server_that_is_killed_until_it_is_back(
     assert processes(engine, 1) == other
     assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
     assert sampled(engine)[0] == 0
+    reissued = engine._pool.reissued
     again = engine.generate(prompts, SPEC)
+    assert engine._pool.reissued == reissued, "of what came back the first answer was taken"
     assert sampled(engine)[0] > 0
     assert {version for r in again for version in r.versions} == {3}
     assert mean_mismatch(model, again, 1.0) < 1e-5, "it came back with the weights"
