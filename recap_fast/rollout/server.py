@@ -34,7 +34,7 @@ from recap_fast.rollout.protocol import (
 )
 from recap_fast.rollout.server_adapters import NamedAdapters
 from recap_fast.rollout.server_check import check_server
-from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_client import ServerClient, connections_each
 from recap_fast.rollout.server_command import (
     check_gpus,
     check_installed,
@@ -229,7 +229,14 @@ class ServerEngine:
         return found
 
     def _client(self, url: str, key: str | None) -> ServerClient:
-        return ServerClient(url, key=key, timeout=self._config.server.timeout, run=self._id)
+        settings = self._config.server
+        return ServerClient(
+            url,
+            key=key,
+            timeout=settings.timeout,
+            run=self._id,
+            connections=connections_each(len(settings.urls) or settings.count),
+        )
 
     async def _make_pool(
         self, members: Sequence[tuple[ServerClient, Callable[[], ServerProcess] | None]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import resource
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,10 @@ from recap_fast.rollout.server_request import Completion, Request, read_completi
 BACKEND_HINT = "start it with `recap-fast serve CONFIG`"
 _PROMPT_WAIT = 30.0
 """Seconds for what a server answers at once."""
+_CONNECTIONS = 1024
+"""Requests that may be under way at a server: its own limit of open files is no lower."""
+_OTHER_FILES = 512
+"""Open files of a process that are no connections to servers."""
 _SAMPLED = "vllm:generation_tokens_total"
 """vLLM's count of sampled tokens, a line for each engine and model."""
 _Some = TypeVar("_Some")
@@ -41,7 +46,8 @@ class ServerClient:
         key: API key; None: none is sent.
         timeout: seconds that an update of weights, or the answer to a request, may take.
         run: whose weights it gives and samples from.
-        connections: how many requests may be under way at a time; more of them wait here.
+        connections: how many requests for completions may be under way at a time; more of them
+            wait here. Whatever else is asked waits for none of them.
     """
 
     def __init__(
@@ -51,15 +57,18 @@ class ServerClient:
         key: str | None,
         timeout: float,
         run: str = "",
-        connections: int = 1024,
+        connections: int = _CONNECTIONS,
     ) -> None:
         self.url = url.rstrip("/")
         self.run = run
         self._timeout = timeout
+        self._places = asyncio.Semaphore(connections)
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            # What an answer may take in all is `asyncio.timeout`'s to say.
+            timeout=httpx.Timeout(None, connect=_PROMPT_WAIT),
             # A proxy of the environment is for the world outside.
             trust_env=False,
             follow_redirects=False,
@@ -84,17 +93,12 @@ class ServerClient:
         """
         where = f"{self.url}{route}"
         try:
-            answer = await self._http.request(
-                method,
-                route,
-                json=body,
-                params=params,
-                timeout=httpx.Timeout(timeout, connect=_PROMPT_WAIT, pool=None),
-            )
+            async with asyncio.timeout(timeout):
+                answer = await self._http.request(method, route, json=body, params=params)
         except httpx.ConnectTimeout:
             problem = f"took no connection within {_PROMPT_WAIT:g} s"
             raise ServerTrouble(f"{what}: {where} {problem}") from None
-        except httpx.TimeoutException:
+        except TimeoutError:
             raise ServerTrouble(f"{what}: {where} gave no answer within {timeout:g} s") from None
         except httpx.HTTPError as error:
             problem = str(error) or type(error).__name__
@@ -121,11 +125,12 @@ class ServerClient:
     async def health(self, timeout: float) -> int | None:
         """The HTTP status of its answer; None without one. The key is not sent: that route needs
         none, and who listens there may not be known yet."""
-        question = self._http.build_request("GET", "/health", timeout=timeout)
+        question = self._http.build_request("GET", "/health")
         question.headers.pop("Authorization", None)
         try:
-            answer = await self._http.send(question)
-        except httpx.HTTPError:
+            async with asyncio.timeout(timeout):
+                answer = await self._http.send(question)
+        except (httpx.HTTPError, TimeoutError):
             return None
         return answer.status_code
 
@@ -204,13 +209,14 @@ class ServerClient:
             ServerTrouble: what came back is no answer to the request.
         """
         what = f"sampling for prompt {request.prompt.source}:{request.prompt.row}"
-        answer = await self._ask(
-            "POST",
-            "/inference/v1/generate",
-            what,
-            body=request.body(label(self.run, version), adapter),
-            timeout=None,
-        )
+        async with self._places:
+            answer = await self._ask(
+                "POST",
+                "/inference/v1/generate",
+                what,
+                body=request.body(label(self.run, version), adapter),
+                timeout=None,
+            )
         try:
             if adapter is None:
                 return read_completions(answer, request, self.step_of)
@@ -349,6 +355,17 @@ class ServerClient:
 
     async def close(self) -> None:
         await self._http.aclose()
+
+
+def connections_each(servers: int) -> int:
+    """How many requests may be under way at each of so many servers at a time. Each is an open
+    file, so this process's limit of those, often 1,024, is raised as far as it has to and may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_FILES + servers * _CONNECTIONS
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return max(16, min(_CONNECTIONS, (max(soft, allowed) - _OTHER_FILES) // servers))
 
 
 async def each(

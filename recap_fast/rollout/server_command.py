@@ -175,8 +175,8 @@ def adapter_options(config: RolloutConfig, rank: int) -> dict[str, int]:
 def server_environment(
     key: str | None, gpus: range | None, *, takes_adapters: bool = False
 ) -> dict[str, str]:
-    """Of a server process: this process's, without what torchrun has added, or would overrule its
-    command line.
+    """Of a server process: this process's, without what torchrun has added, would overrule its
+    command line, or would have it unpickle what it is sent.
 
     Args:
         gpus: of those that this process sees; None on a CPU.
@@ -186,7 +186,7 @@ def server_environment(
     ours = {
         "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
         "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING",
-        "VLLM_CPU_KVCACHE_SPACE",
+        "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION",
     }  # fmt: skip
     environment = {
         name: value

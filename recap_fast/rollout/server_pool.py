@@ -51,7 +51,8 @@ class ServerPool:
     transfer: how this process gives servers their weights, and starts them again; None for the
         run's other processes, which only sample.
     timeout: seconds in which a server with requests under way must answer one of them or sample a
-        token, in which an update must end, and for which a server of somebody else's is waited for.
+        token, in which an update must end, but for the transfer, which has a bound of its own, and
+        for which a server of somebody else's is waited for.
     start_timeout: seconds in which a server must be ready.
     recompute: whether an update has requests in flight recompute their keys and values.
     has_images: whether servers cache features of images.
@@ -281,7 +282,8 @@ class ServerPool:
             if member.state == "out":  # and will come back with these
                 return
             try:
-                await self._adapters.give(member.client)
+                async with self._bounded(member, "giving it adapters", self._deadline()):
+                    await self._adapters.give(member.client)
             except (ServerTrouble, EngineError) as error:
                 self._note(error)
                 self._take_out(member, str(error))
@@ -309,20 +311,42 @@ class ServerPool:
         those that failed, which stay paused: nobody shall sample from half of an update."""
         assert self._transfer is not None
         by_client = {member.client: member for member in members}
+        failed: dict[Member, Exception] = {}
         async with self._read() as weights:
-            failed = await each(members, lambda member: self._ready(member, weights.version))
+            until = self._deadline()
+
+            async def all_but_failed(stage: str, work: Callable[[Member], Awaitable[None]]) -> None:
+                async def bounded(member: Member) -> None:
+                    async with self._bounded(member, stage, until):
+                        await work(member)
+
+                failed.update(await each([m for m in members if m not in failed], bounded))
+
+            await all_but_failed("pausing", lambda x: self._ready(x, weights.version))
             ready = [member.client for member in members if member not in failed]
+            began = time.monotonic()
             lost = await self._transfer.send(ready, weights) if ready else {}
+            until += time.monotonic() - began
             failed |= {by_client[client]: error for client, error in lost.items()}
-            failed |= await each(
-                [member for member in members if member not in failed],
-                lambda member: self._finish(member, weights.version),
-            )
-        failed |= await each(
-            [member for member in members if member not in failed],
-            lambda member: self._check(member, weights),
-        )
+            await all_but_failed("finishing", lambda x: self._finish(x, weights.version))
+        await all_but_failed("checking", lambda x: self._check(x, weights))
         return weights.version, failed
+
+    def _deadline(self) -> float:
+        """Of an update that begins now."""
+        return time.monotonic() + self._timeout
+
+    @asynccontextmanager
+    async def _bounded(self, member: Member, stage: str, until: float) -> AsyncIterator[None]:
+        """Raises `ServerTrouble` where a server's part of an update has not ended by then. Each
+        route has a bound too, but an update takes several."""
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                yield
+        except TimeoutError:
+            raise ServerTrouble(
+                f"{member} did not end its update within {self._timeout:g} s: {stage}"
+            ) from None
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, OtherRunError):
@@ -429,7 +453,8 @@ class ServerPool:
             patience = self._timeout if self._leads else max(self._timeout, self._start_timeout)
             await self._wait_ready(member, patience)
         if self._adapters is not None:
-            await self._adapters.give(member.client)
+            async with self._bounded(member, "giving it adapters", self._deadline()):
+                await self._adapters.give(member.client)
         elif self._transfer is not None and self._weights is not None:
             self._transfer.forget(member.client)  # what it held before may be gone
             version = None

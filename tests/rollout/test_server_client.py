@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from PIL import Image
 
 from recap_fast.rollout import server_client
 from recap_fast.rollout.protocol import EngineError
-from recap_fast.rollout.server_client import ServerClient, ServerTrouble
+from recap_fast.rollout.server_client import ServerClient, ServerTrouble, connections_each
 from recap_fast.rollout.server_label import OtherRunError
 from recap_fast.rollout.server_request import Request, read_completions
 from recap_fast.types import ImageInput, Prompt
@@ -243,3 +244,26 @@ def test_what_a_failed_update_says(server: FakeServer) -> None:
     with pytest.raises(ServerTrouble, match="giving it the weights of step 5"):
         ask(server.url, lambda client: client.receive(info, 5))
     assert server.routes() == ["/update_weights"]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "servers", "connections", "raised"),
+    [
+        (1024, 2**20, 2, 1024, 2560),
+        (1024, -1, 1, 1024, 1536),  # without a limit
+        (-1, -1, 2, 1024, None),
+        (4096, 4096, 2, 1024, None),
+        (1024, 2048, 3, 512, 2048),
+        (256, 256, 8, 16, None),
+    ],
+)
+def test_requests_have_open_files(
+    soft: int, hard: int, servers: int, connections: int, raised: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each request takes one, and many systems allow a process 1,024 where it asks for no more."""
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    assert connections_each(servers) == connections
+    assert limits == ([] if raised is None else [(raised, hard)])

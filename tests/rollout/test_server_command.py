@@ -35,6 +35,12 @@ def test_the_cache_of_a_server_is_the_configuration_s(monkeypatch: pytest.Monkey
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment("key", None)
 
 
+def test_a_server_unpickles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    monkeypatch.setenv(variable, "1")
+    assert variable not in server_environment("key", None)
+
+
 def test_gpus_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     check_gpus(range(2, 4))

@@ -4,6 +4,8 @@ test_server.py."""
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,9 +36,14 @@ def request(row: int = 0, n: int = 2, max_new_tokens: int = 8) -> Request:
 class Run:
     """A pool with weights, as a trainer would use it."""
 
-    def __init__(self, servers: list[FakeServer], timeout: float, recompute: bool) -> None:
+    def __init__(
+        self, servers: list[FakeServer], timeout: float, recompute: bool, connections: int = 1024
+    ) -> None:
         self.sender = MemoryTransfer(SharedMemoryWeights(torch.float32))
-        members = [Member(ServerClient(s.url, key=None, timeout=timeout)) for s in servers]
+        members = [
+            Member(ServerClient(s.url, key=None, timeout=timeout, connections=connections))
+            for s in servers
+        ]
         self.pool = ServerPool(
             members,
             transfer=self.sender,
@@ -67,9 +74,10 @@ def run(
     *,
     timeout: float = 5.0,
     recompute: bool = False,
+    connections: int = 1024,
 ) -> None:
     async def work() -> None:
-        state = Run(servers, timeout, recompute)
+        state = Run(servers, timeout, recompute, connections)
         try:
             await state.start()
             await state.give(1)
@@ -164,6 +172,26 @@ def test_load_is_spread_by_tokens_under_way(servers: list[FakeServer]) -> None:
     run(servers, body)
     counts = sorted(server.routes().count("/inference/v1/generate") for server in servers)
     assert counts == [1, 4]
+
+
+def test_more_requests_than_a_server_has_connections_wait(servers: list[FakeServer]) -> None:
+    """And nothing else does: it is looked after, and takes an update, meanwhile."""
+    servers[0].delay = 2.5
+
+    async def body(state: Run) -> None:
+        asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(6)]
+        await until(lambda: servers[0].routes().count("/inference/v1/generate") == 2)
+        await state.give(2)
+        assert servers[0].version == ":2"
+        assert not any(task.done() for task in asked), "the update has waited for no request"
+        await until(lambda: any(task.done() for task in asked))
+        servers[0].delay = 0.0
+        assert len(await asyncio.gather(*asked)) == 6
+        assert state.pool.reissued == 0
+        assert state.states() == ["up"]
+
+    run(servers[:1], body, connections=2)
+    assert servers[0].routes().count("/inference/v1/generate") == 6
 
 
 @pytest.mark.parametrize("behaviour", ["nonsense", "error", "old"])
@@ -274,6 +302,41 @@ def test_an_update_that_no_server_takes_ends_the_run(servers: list[FakeServer]) 
             await state.give(2)
 
     run(servers, body, timeout=1.0)
+
+
+@pytest.mark.parametrize(
+    ("hang", "route", "stage"),
+    [(60.0, "/pause", "pausing"), (0.25, "", "(pausing|finishing|checking)")],
+    ids=["one route hangs", "each route is slow"],
+)
+def test_an_update_has_one_deadline(
+    hang: float, route: str, stage: str, servers: list[FakeServer],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Also where as many requests are under way as there may be."""
+    servers[0].behaviour = "hang"
+    answer, over = servers[0]._answer, threading.Event()
+
+    def slow(asked: str, body: Any) -> Any:
+        if asked == route or (not route and asked not in ("/health", "/inference/v1/generate")):
+            over.wait(hang)
+        return answer(asked, body)
+
+    async def body(state: Run) -> None:
+        asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(8)]
+        await until(lambda: servers[0].routes().count("/inference/v1/generate") == 2)
+        monkeypatch.setattr(servers[0], "_answer", slow)
+        started = time.monotonic()
+        await state.give(2)
+        assert time.monotonic() - started < 2.0
+        assert state.states() == ["out", "up"]
+        over.set()
+        servers[0].behaviour = "well"
+        assert len(await asyncio.gather(*asked)) == 8
+
+    run(servers, body, timeout=1.0, connections=2)
+    problem = f"the server at {servers[0].url} did not end its update within 1 s: {stage}"
+    assert re.search(problem, caplog.text)
 
 
 def test_weights_are_not_rewritten_while_a_server_reads_them(servers: list[FakeServer]) -> None:
