@@ -44,6 +44,10 @@ _GOING = 60.0
 _SILENT = 2
 """Health checks in a row without an answer, after which a server counts as dead."""
 
+_Refusals = dict[Member, tuple[EngineError, asyncio.Task[None] | None]]
+"""What servers said that took no fault of theirs to be the reason, and what had last brought each
+back."""
+
 
 class ServerPool:
     """Args:
@@ -100,7 +104,7 @@ class ServerPool:
             EngineError: one is not, with the end of its log.
         """
         await in_full(self._start_member(member, check) for member in self.members)
-        self._watch = asyncio.create_task(self._watch_over())
+        self._watch = asyncio.create_task(in_full(map(self._watch_over, self.members)))
 
     async def _start_member(
         self, member: Member, check: Callable[[ServerClient], Awaitable[None]]
@@ -149,13 +153,15 @@ class ServerPool:
                 self._busy += time.monotonic() - self._busy_since
 
     async def _sample(self, request: Request) -> list[Completion]:
-        trouble = ""
-        for attempt in range(_ATTEMPTS):
-            member = await self._choose()
+        trouble, failures, asked = "", 0, 0
+        refusals: _Refusals = {}
+        while failures < _ATTEMPTS:
+            member = await self._choose(refusals)
             version = self._version
             if version is None:
                 raise EngineError("the servers were asked for completions before they got weights")
-            self.reissued += attempt > 0
+            self.reissued += asked > 0
+            asked += 1
             if not member.under_way:
                 member.last_sign = time.monotonic()
             task = asyncio.create_task(member.client.generate(request, version, self._adapter))
@@ -172,8 +178,12 @@ class ServerPool:
             except OtherRunError as error:
                 self._taken = error
                 raise
+            except EngineError as error:  # the request's fault, or this server's: another will say
+                refusals[member] = error, member.recovery
+                continue
             except ServerTrouble as error:
                 trouble = str(error)
+                failures += 1
                 self._take_out(member, trouble)
                 continue
             except asyncio.CancelledError:
@@ -182,28 +192,44 @@ class ServerPool:
                     task.cancel()
                     raise
                 trouble = f"{member} was taken out"  # and the request with it
+                failures += 1
                 continue
             finally:
                 member.under_way.discard(task)
                 member.tokens -= request.tokens
             member.last_sign = time.monotonic()
             member.failures = 0
+            for other, (error, recovery) in refusals.items():
+                if other.recovery is recovery:
+                    self._take_out(other, str(error))
             return completions
-        raise EngineError(f"{trouble}; asked {_ATTEMPTS} times")
+        raise EngineError(f"{trouble}; asked {asked} times")
 
-    async def _choose(self) -> Member:
+    async def _choose(self, refusals: _Refusals | None = None) -> Member:
         """The server with the least under way, once there is one.
 
+        Args:
+            refusals: servers that are not to be asked, until they have been brought back.
+
         Raises:
-            EngineError: all are given up, with the reasons, or another run has taken one.
+            EngineError: all are given up, with the reasons, or have refused, or another run has
+                taken one.
         """
         async with self._changed:
             while True:
                 if self._taken is not None:
                     raise self._taken
-                ready = [member for member in self.members if member.state == "up"]
+                up = [member for member in self.members if member.state == "up"]
+                refused = {
+                    member: error
+                    for member, (error, recovery) in (refusals or {}).items()
+                    if member.recovery is recovery
+                }
+                ready = [member for member in up if member not in refused]
                 if ready:
                     return min(ready, key=lambda member: member.tokens)
+                if up and all(member.state in ("up", "lost") for member in self.members):
+                    raise next(iter(refused.values()))
                 if all(member.state == "lost" for member in self.members):
                     why = "; ".join(member.trouble for member in self.members)
                     raise EngineError(f"no server is left: {why}")
@@ -401,7 +427,7 @@ class ServerPool:
         does."""
         for member in self.members:
             if member.state == "up":
-                with suppress(ServerTrouble):
+                with suppress(ServerTrouble, EngineError):
                     return await member.client.columns(shapes, count)
         return {}
 
@@ -507,13 +533,13 @@ class ServerPool:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _watch_over(self) -> None:
+    async def _watch_over(self, member: Member) -> None:
         while True:
             await asyncio.sleep(_WATCHED_EVERY)
             try:
-                await in_full(self._look_at(member) for member in self.members)
+                await self._look_at(member)
             except Exception:
-                logger.exception("looking after the servers failed; it goes on")
+                logger.exception("looking after %s failed; it goes on", member)
 
     async def _look_at(self, member: Member) -> None:
         if self._taken is not None:

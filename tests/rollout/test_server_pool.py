@@ -27,6 +27,8 @@ from tests.rollout.fake_server import FakeServer
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
+GENERATE = "/inference/v1/generate"
+
 
 def request(row: int = 0, n: int = 2, max_new_tokens: int = 8) -> Request:
     prompt = Prompt("test", row, [1, 2, 3], "?", "", {})
@@ -170,7 +172,7 @@ def test_load_is_spread_by_tokens_under_way(servers: list[FakeServer]) -> None:
         )
 
     run(servers, body)
-    counts = sorted(server.routes().count("/inference/v1/generate") for server in servers)
+    counts = sorted(server.routes().count(GENERATE) for server in servers)
     assert counts == [1, 4]
 
 
@@ -180,7 +182,7 @@ def test_more_requests_than_a_server_has_connections_wait(servers: list[FakeServ
 
     async def body(state: Run) -> None:
         asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(6)]
-        await until(lambda: servers[0].routes().count("/inference/v1/generate") == 2)
+        await until(lambda: servers[0].routes().count(GENERATE) == 2)
         await state.give(2)
         assert servers[0].version == ":2"
         assert not any(task.done() for task in asked), "the update has waited for no request"
@@ -191,7 +193,7 @@ def test_more_requests_than_a_server_has_connections_wait(servers: list[FakeServ
         assert state.states() == ["up"]
 
     run(servers[:1], body, connections=2)
-    assert servers[0].routes().count("/inference/v1/generate") == 6
+    assert servers[0].routes().count(GENERATE) == 6
 
 
 @pytest.mark.parametrize("behaviour", ["nonsense", "error", "old"])
@@ -212,6 +214,74 @@ def test_a_server_that_answers_wrongly_is_brought_back(
     assert servers[0].routes().count("/update_weights") == 2, "it came back with weights"
     assert f"the server at {servers[0].url} is taken out" in caplog.text
     assert f"the server at {servers[0].url} is back" in caplog.text
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_server_that_refuses_what_another_takes_is_brought_back(
+    status: int, servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(state: Run) -> None:
+        servers[0].failing[GENERATE] = status
+        servers[1].delay = 0.3
+        asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(4)]
+        await until(lambda: "is taken out" in caplog.text)
+        servers[0].failing.clear()
+        assert len(await asyncio.gather(*asked)) == 4
+        await until(lambda: state.states() == ["up", "up"])
+        assert state.pool.reissued >= 2
+
+    run(servers, body)
+    assert servers[0].routes().count("/update_weights") == 2
+    assert servers[1].routes().count("/update_weights") == 1
+    assert f"{GENERATE} answered {status}: told to fail" in caplog.text
+
+
+def test_a_request_that_all_servers_refuse_ends_the_run_and_no_server(
+    servers: list[FakeServer],
+) -> None:
+    async def body(state: Run) -> None:
+        for server in servers:
+            server.failing[GENERATE] = 400
+        for count in (2, 1):
+            with pytest.raises(EngineError, match="test:0: .* answered 400: told to fail"):
+                await state.pool.sample(request())
+            assert state.states() == ["up"] * count
+            del state.pool.members[1:]
+
+    run(servers, body)
+
+
+def test_a_server_that_is_away_is_asked_before_a_refusal_counts(servers: list[FakeServer]) -> None:
+    async def body(state: Run) -> None:
+        servers[0].failing[GENERATE] = 404
+        servers[1].failing["/health"] = 503
+        await until(lambda: state.states() == ["up", "out"])
+        asked = asyncio.create_task(state.pool.sample(request()))
+        await until(lambda: GENERATE in servers[0].routes())
+        await asyncio.sleep(0.2)
+        assert not asked.done()
+        servers[1].failing.clear()
+        assert len(await asked) == 2
+        assert state.states() == ["out", "up"]
+
+    run(servers, body)
+
+
+def test_a_server_that_is_slow_to_answer_keeps_no_other_from_being_looked_after(
+    servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(state: Run) -> None:
+        slow, look = state.pool.members[0], state.pool._look_at
+
+        async def look_at(member: Member) -> None:
+            await (asyncio.sleep(60) if member is slow else look(member))
+
+        monkeypatch.setattr(state.pool, "_look_at", look_at)
+        await asyncio.sleep(0.2)
+        servers[1].failing["/health"] = 503
+        await until(lambda: state.states() == ["up", "out"])
+
+    run(servers, body)
 
 
 def test_a_server_that_hangs_is_left_within_the_timeout(servers: list[FakeServer]) -> None:
@@ -318,13 +388,13 @@ def test_an_update_has_one_deadline(
     answer, over = servers[0]._answer, threading.Event()
 
     def slow(asked: str, body: Any) -> Any:
-        if asked == route or (not route and asked not in ("/health", "/inference/v1/generate")):
+        if asked == route or (not route and asked not in ("/health", GENERATE)):
             over.wait(hang)
         return answer(asked, body)
 
     async def body(state: Run) -> None:
         asked = [asyncio.create_task(state.pool.sample(request(row))) for row in range(8)]
-        await until(lambda: servers[0].routes().count("/inference/v1/generate") == 2)
+        await until(lambda: servers[0].routes().count(GENERATE) == 2)
         monkeypatch.setattr(servers[0], "_answer", slow)
         started = time.monotonic()
         await state.give(2)
