@@ -11,6 +11,8 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -46,7 +48,7 @@ from recap_fast.rollout.server_command import (
 from recap_fast.rollout.server_label import OtherRunError, new_run
 from recap_fast.rollout.server_member import Member
 from recap_fast.rollout.server_pool import ServerPool
-from recap_fast.rollout.server_process import ServerProcess, free_port, new_key
+from recap_fast.rollout.server_process import ServerProcess, free_port, is_free, new_key
 from recap_fast.rollout.server_request import Completion, Request
 from recap_fast.rollout.transfer import Transfer, choose, make_transfer
 from recap_fast.types import Prompt, Rollout, SamplingSpec, UserError, WeightSyncError
@@ -119,6 +121,7 @@ class ServerEngine:
         self._adapted = adapted
         self._adapters: NamedAdapters | None = None
         self._base_unknown = True
+        self._own: list[_OwnServer] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vllm servers", daemon=True
@@ -193,12 +196,11 @@ class ServerEngine:
         logs: Path,
         device: torch.device,
         first_gpu: int,
-    ) -> list[tuple[ServerClient, Callable[[], ServerProcess] | None]]:
+    ) -> list[Member]:
         settings = self._config.server
         if settings.urls:
             key = server_key()
-            clients = [self._client(url, key) for url in settings.urls]
-            return [(client, None) for client in clients]
+            return [Member(self._client(url, key), is_attached=True) for url in settings.urls]
 
         size = self._config.tensor_parallel_size
 
@@ -211,22 +213,27 @@ class ServerEngine:
                 ports.add(free_port())
             return [(port, new_key()) for port in sorted(ports)]
 
-        found: list[tuple[ServerClient, Callable[[], ServerProcess] | None]] = []
+        members = []
         for place, (port, key) in enumerate(self._agree(choose)):
             gpus = range(first_gpu + place * size, first_gpu + (place + 1) * size)
-            start = partial(
-                ServerProcess,
-                command(port=port),
-                server_environment(
-                    key,
-                    gpus if device.type == "cuda" else None,
-                    takes_adapters=self._adapted is not None,
-                ),
-                logs / f"server-{place}.log",
+            environment = server_environment(
+                key,
+                gpus if device.type == "cuda" else None,
+                takes_adapters=self._adapted is not None,
             )
-            client = self._client(f"http://127.0.0.1:{port}", key)
-            found.append((client, start if self._leads else None))
-        return found
+            own = _OwnServer(
+                self._client(_address(port), key),
+                partial(_start_server, command, environment, logs / f"server-{place}.log"),
+                port,
+                logs / f"server-{place}-{self._id}.port",
+            )
+            members.append(
+                Member(own.client, own.start)
+                if self._leads
+                else Member(own.client, locate=own.locate)
+            )
+            self._own.append(own)
+        return members
 
     def _client(self, url: str, key: str | None) -> ServerClient:
         settings = self._config.server
@@ -238,19 +245,12 @@ class ServerEngine:
             connections=connections_each(len(settings.urls) or settings.count),
         )
 
-    async def _make_pool(
-        self, members: Sequence[tuple[ServerClient, Callable[[], ServerProcess] | None]]
-    ) -> ServerPool:
+    async def _make_pool(self, members: Sequence[Member]) -> ServerPool:
+        for member in members:
+            if member.start is not None:
+                member.process = member.start()
         return ServerPool(
-            [
-                Member(
-                    client,
-                    start,
-                    None if start is None else start(),
-                    is_attached=bool(self._config.server.urls),
-                )
-                for client, start in members
-            ],
+            members,
             transfer=self._transfer,
             timeout=self._config.server.timeout,
             start_timeout=self._config.server.start_timeout,
@@ -443,3 +443,53 @@ class ServerEngine:
             self._transfer.close()
         if self._adapters is not None:
             self._adapters.close()
+        if self._leads:
+            for own in self._own:
+                own.moved_to.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class _OwnServer:
+    """A server of the run's own, at a port that is its own for as long as nobody else takes it.
+
+    Attributes:
+        run: starts it at a port.
+        moved_to: file with its port, for the run's other processes, once that is another one than
+            they all know of.
+    """
+
+    client: ServerClient
+    run: Callable[[int], ServerProcess]
+    port: int
+    moved_to: Path
+
+    def start(self) -> ServerProcess:
+        """See `Starter`."""
+        if not is_free(self.port):
+            port = free_port()
+            logger.warning("port %d is taken: a server is started at %d", self.port, port)
+            self._move(port)
+            written = self.moved_to.with_suffix(".new")
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_text(str(port))
+            written.replace(self.moved_to)
+        return self.run(self.port)
+
+    def locate(self) -> None:
+        """See `Member`."""
+        with suppress(FileNotFoundError):
+            self._move(int(self.moved_to.read_text()))
+
+    def _move(self, port: int) -> None:
+        self.port = port
+        self.client.move(_address(port))
+
+
+def _start_server(
+    command: Callable[..., list[str]], environment: Mapping[str, str], log: Path, port: int
+) -> ServerProcess:
+    return ServerProcess(command(port=port), environment, log)
+
+
+def _address(port: int) -> str:
+    return f"http://127.0.0.1:{port}"

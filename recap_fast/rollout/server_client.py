@@ -74,6 +74,11 @@ class ServerClient:
             follow_redirects=False,
         )
 
+    def move(self, url: str) -> None:
+        """The server is at another address from now on."""
+        self.url = url
+        self._http.base_url = httpx.URL(url)
+
     async def _ask(
         self,
         method: str,

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from recap_fast.rollout.protocol import EngineError
-from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_client import ServerClient, ServerTrouble
 from recap_fast.rollout.server_process import ServerProcess
 from recap_fast.rollout.server_request import Completion
 
@@ -24,7 +25,7 @@ _TOLD_EVERY = 60.0
 
 class Starter(Protocol):
     def __call__(self) -> ServerProcess:
-        """Starts a server of ours at its own address."""
+        """Starts a server of ours, and has its client ask where it then is."""
         ...
 
 
@@ -34,6 +35,7 @@ class Member:
 
     Attributes:
         start: how to start it; None for one that somebody else has started.
+        locate: for one that another process of the run starts: has its client ask where it is.
         is_attached: whether it is no server of the run's.
         is_given: whether the run has given it weights.
         state: "out": being brought back; "lost": given up.
@@ -45,6 +47,7 @@ class Member:
     client: ServerClient
     start: Starter | None = None
     process: ServerProcess | None = None
+    locate: Callable[[], None] | None = None
     is_attached: bool = False
     is_given: bool = False
     state: Literal["starting", "up", "out", "lost"] = "starting"
@@ -81,10 +84,12 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
                 f"{member} ended with status {process.exit_status} before it was ready; its "
                 f"log, {process.log}, ends with:\n{process.said()}"
             )
+        if member.locate is not None:
+            member.locate()
         status = await member.client.health(health_wait)
-        if status == 200:
+        if status == 200 and await _is_itself(member):
             return
-        if status is not None and status < 500 and process is None:
+        if status is not None and status < 500 and member.is_attached:
             raise EngineError(
                 f"{member} answers /health with {status}, and vLLM's would with 200: something "
                 f"else listens there; name a server of vLLM's in rollout.server.urls"
@@ -98,6 +103,17 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
             logger.info("waiting for %s to be ready%s%s", member, since, where)
             told = passed
         await asyncio.sleep(0.25)
+
+
+async def _is_itself(member: Member) -> bool:
+    """Whether no other than the run's own server has answered: who has taken its port may be
+    healthy too, and has not its key."""
+    if member.start is None and member.locate is None:
+        return True
+    with suppress(ServerTrouble, EngineError):
+        await member.client.weight_version()
+        return True
+    return False
 
 
 async def wait_listening(member: Member) -> None:

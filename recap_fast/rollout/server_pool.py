@@ -40,7 +40,7 @@ _STARTS = 3
 _WATCHED_EVERY = 2.0
 _HEALTH_WAIT = 10.0
 _GOING = 60.0
-"""Seconds in which a server that was stopped must be gone."""
+"""Seconds for which a server that was stopped is waited for to be gone."""
 _SILENT = 2
 """Health checks in a row without an answer, after which a server counts as dead."""
 
@@ -118,7 +118,9 @@ class ServerPool:
                 raise
             status = member.process.exit_status
             if status is not None and not was_killed(status):
-                raise  # it would say the same again
+                if not await member.client.is_listening():
+                    raise  # it would say the same again
+                logger.warning("%s ended, and another listens there: it is started again", member)
             # A process of vLLM's that is killed as it starts can leave the others waiting for it.
             await self._start_again(member)
         try:
@@ -199,9 +201,9 @@ class ServerPool:
                 member.tokens -= request.tokens
             member.last_sign = time.monotonic()
             member.failures = 0
-            for other, (error, recovery) in refusals.items():
+            for other, (refusal, recovery) in refusals.items():
                 if other.recovery is recovery:
-                    self._take_out(other, str(error))
+                    self._take_out(other, str(refusal))
             return completions
         raise EngineError(f"{trouble}; asked {asked} times")
 
@@ -495,16 +497,19 @@ class ServerPool:
         assert member.process is not None
         assert member.start is not None
         await asyncio.to_thread(member.process.stop)
-        await self._wait_gone(member)
+        if was_killed(member.process.exit_status or 0):  # maybe the keeper, and nothing else
+            await self._wait_gone(member)
         member.process = await asyncio.to_thread(member.start)
         await self._wait_ready(member, self._start_timeout)
 
     async def _wait_gone(self, member: Member) -> None:
-        """What has lost its keeper takes a while to end, and has the port until then."""
+        """What has lost its keeper takes a while to end, and has the port, and a GPU's memory,
+        until then. Another who has taken the port keeps it."""
         until = time.monotonic() + _GOING
         while await member.client.is_listening():
             if time.monotonic() > until:
-                raise EngineError(f"{member} was stopped, and somebody still listens there")
+                logger.warning("%s was stopped, and somebody still listens there", member)
+                return
             await asyncio.sleep(0.1)
 
     async def _wait_for_weights(self, member: Member) -> None:
@@ -545,6 +550,8 @@ class ServerPool:
         if self._taken is not None:
             return
         if member.state == "lost" and member.start is None:
+            if member.locate is not None:
+                member.locate()
             if await member.client.is_healthy(_HEALTH_WAIT):  # it may join again
                 member.failures, member.state = 0, "out"
                 member.recovery = asyncio.create_task(self._recover(member, "it was lost"))

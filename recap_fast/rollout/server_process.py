@@ -58,6 +58,18 @@ def free_port() -> int:
     raise OSError(errno.EADDRINUSE, "100 ports of 127.0.0.1 between 15000 and 32000 are taken")
 
 
+def is_free(port: int) -> bool:
+    """Whether a server could listen at a port of loopback's."""
+    with socket.socket() as probe:
+        # As servers do, whom what is left of an earlier one's connections does not keep from it.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def new_key() -> str:
     """An API key that nobody guesses."""
     return secrets.token_urlsafe(32)

@@ -152,12 +152,13 @@ def test_each_server_has_a_port_and_a_key_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ServerEngine, "_make_pool", stop_here)
     with pytest.raises(EngineError, match="none is started here"):
         engine_at(count=2)
-    started = [start() for _, start in made]
+    started: list[Any] = [member.start() for member in made]
     commands, keys = zip(*((c, env["VLLM_API_KEY"]) for c, env, _ in started), strict=True)
     assert [c[c.index("--port") + 1] for c in commands] == ["15000", "15001"]
-    assert [client.url for client, _ in made] == [f"http://127.0.0.1:{p}" for p in (15000, 15001)]
+    clients = [member.client for member in made]
+    assert [client.url for client in clients] == [f"http://127.0.0.1:{p}" for p in (15000, 15001)]
     assert len(set(keys)) == 2
-    sent = [client._http.headers["Authorization"] for client, _ in made]
+    sent = [client._http.headers["Authorization"] for client in clients]
     assert sent == [f"Bearer {key}" for key in keys]
 
 
