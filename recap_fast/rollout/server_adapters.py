@@ -31,7 +31,7 @@ from recap_fast.model.lora import (
 from recap_fast.rollout.server_client import ServerClient, ServerTrouble
 from recap_fast.rollout.server_label import taken
 from recap_fast.rollout.server_worker import adapter_digest, digest
-from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, sample_columns
+from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, Comparison, sample_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +69,7 @@ class NamedAdapters:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._base: dict[str, str] = {}
         """Digests of some columns of the base's weights."""
+        self._comparison = Comparison()
         self._seen: dict[ServerClient, set[str]] = {}
         """Names whose values each server was seen to hold."""
 
@@ -148,12 +149,10 @@ class NamedAdapters:
 
     async def _check_base(self, client: ServerClient) -> None:
         held = await client.digests(self._shapes, DIGEST_COLUMNS)
-        wrong = sorted(name for name, value in held.items() if value != self._base.get(name))
-        if wrong or not held:
-            what = ", ".join(wrong[:5]) if wrong else "all, for none can be read back"
+        if wrong := self._comparison.differing(client.url, held, self._base):
             raise ServerTrouble(
                 f"{client.url} has another base than the trainer in {len(wrong)} of {len(held)} "
-                f"weights: {what}; start it again from this run's model.path"
+                f"weights: {', '.join(wrong[:5])}; start it again from this run's model.path"
             )
 
     def close(self) -> None:

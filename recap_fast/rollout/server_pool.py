@@ -28,7 +28,7 @@ from recap_fast.rollout.server_member import (
     was_killed,
 )
 from recap_fast.rollout.server_request import Completion, Request
-from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, WrittenWeights
+from recap_fast.rollout.shared_weights import DIGEST_COLUMNS, Comparison, WrittenWeights
 from recap_fast.rollout.transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class ServerPool:
         self._adapters = adapters
         self._busy, self._busy_since, self._waiting = 0.0, 0.0, 0
         self._weights: WrittenWeights | None = None
+        self._comparison = Comparison()
         self._version: int | None = None
         self._adapter: str | None = None
         """The name of this version's, where there are adapters."""
@@ -407,12 +408,11 @@ class ServerPool:
                 f"{member} says that it has weights {text!r} after those of {weights.version}"
             )
         found = await client.digests(weights.shapes, DIGEST_COLUMNS)
-        wrong = sorted(name for name, value in found.items() if value != weights.digests.get(name))
-        if wrong or not found:
-            what = ", ".join(wrong[:5]) if wrong else "all, for none can be read back"
+        wrong = self._comparison.differing(client.url, found, weights.digests)
+        if wrong:
             raise ServerTrouble(
                 f"{member} does not hold the values that it was sent of {len(wrong)} of "
-                f"{len(found)} weights: {what}"
+                f"{len(found)} weights: {', '.join(wrong[:5])}"
             )
         await client.resume()
 

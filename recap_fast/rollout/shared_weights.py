@@ -8,6 +8,7 @@ they stay there until the next update, for a server that was restarted to take o
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,16 @@ from torch import Tensor
 from recap_fast.rollout.cuda_memory import ExportedMemory
 from recap_fast.rollout.protocol import column_picks
 from recap_fast.rollout.sent_weights import MEMORY_NAME, SharedWeights, place, views
+from recap_fast.rollout.server_client import ServerTrouble
 from recap_fast.rollout.server_worker import digest
 from recap_fast.types import WeightSyncError
 
+logger = logging.getLogger(__name__)
+
 DIGEST_COLUMNS = 2
 """Of each weight, that are compared after every update."""
+_OFTEN_MISSING = frozenset(("visual", "experts"))
+"""Parts of names: an image tower that no row has images for, experts that vLLM lays together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,44 @@ class DeviceMemoryWeights:
     def close(self) -> None:
         self._views.clear()
         self._memory.close()
+
+
+class Comparison:
+    """Holds what servers show of their weights against what they should have, by digests.
+
+    What vLLM keeps in another shape than a checkpoint cannot be shown, and goes unchecked. That is
+    said, once; it may be no more than the lesser part, and nothing that has been shown before.
+    """
+
+    def __init__(self) -> None:
+        self._shown: frozenset[str] | None = None
+
+    def differing(self, url: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+        """Names of weights of the server at `url` that have other digests than wanted.
+
+        Raises:
+            ServerTrouble: it shows too few to say so.
+        """
+        missing = sorted(wanted.keys() - found.keys())
+        named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
+        usual = [name for name in wanted if not _OFTEN_MISSING.intersection(name.split("."))]
+        is_less = self._shown is not None and not self._shown.isdisjoint(missing)
+        if is_less or 2 * sum(name in found for name in usual) < len(usual) or not found:
+            raise ServerTrouble(
+                f"{url} shows {len(found)} of {len(wanted)} weights, too few to know what it has: "
+                f"{named} cannot be read back"
+            )
+        wrong = sorted(name for name, value in found.items() if value != wanted.get(name))
+        if self._shown is None and not wrong:
+            self._shown = frozenset(found)
+            if missing:
+                logger.warning(
+                    "of the servers' %d weights %d are compared after an update, and not: %s",
+                    len(wanted),
+                    len(found),
+                    named,
+                )
+        return wrong
 
 
 def written(

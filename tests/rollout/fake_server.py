@@ -45,6 +45,7 @@ class FakeServer:
         updating: whether an update of weights is open, beside which vLLM starts no other.
         busy: how many requests it says that it samples for.
         loses: weights, or layers of adapters, that do not arrive.
+        hides: weights that it cannot show.
         adapters: digests of layers, by the adapters' name.
     """
 
@@ -54,6 +55,7 @@ class FakeServer:
         self.failing: dict[str, int] = {}
         self.held: dict[str, Any] = {}
         self.loses: set[str] = set()
+        self.hides: set[str] = set()
         self.version = "default"
         self.release = "0.32.0"
         self.model = {"hidden_size": "8", "backend": "recap_fast"}
@@ -172,7 +174,8 @@ class FakeServer:
                 return 200, {"results": [{}]}
             if body["method"] == "recap_fast_model":
                 return 200, {"results": [self.model]}
-            columns = {n: sample_columns(t, DIGEST_COLUMNS) for n, t in self.held.items()}
+            shown = {n: t for n, t in self.held.items() if n not in self.hides}
+            columns = {n: sample_columns(t, DIGEST_COLUMNS) for n, t in shown.items()}
             return 200, {"results": [{n: digest(c) for n, c in columns.items()}]}
         elif route == "/metrics":
             labels = '{engine="0",model_name="fake"}'

@@ -199,6 +199,25 @@ def test_another_base_is_seen(
     run(servers, model, body)
 
 
+def test_what_of_the_base_is_not_compared_is_said(
+    servers: list[FakeServer], model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for server in servers:
+        server.hides = {"lm_head.weight"}
+    servers[0].hides = set(servers[0].held) - {"lm_head.weight"}
+
+    async def body(state: Run) -> None:
+        await state.give(7)
+        assert state.states()[1] == "up"
+        await until(lambda: "shows 1 of 21 weights, too few to know" in caplog.text)
+        servers[0].hides = {"lm_head.weight"}
+        await until(lambda: state.states() == ["up", "up"])
+
+    run(servers, model, body)
+    assert "of the servers' 21 weights 20 are compared" in caplog.text
+    assert "and not: lm_head.weight" in caplog.text
+
+
 def test_an_update_that_no_server_takes_ends_the_run(servers: list[FakeServer], model: Any) -> None:
     async def body(state: Run) -> None:
         for server in servers:

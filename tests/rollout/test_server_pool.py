@@ -364,6 +364,43 @@ def test_a_weight_that_does_not_arrive_is_seen(
     assert "of 1 of 2 weights: b" in caplog.text
 
 
+def test_a_server_that_shows_too_few_of_its_weights_is_not_believed(
+    servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(state: Run) -> None:
+        servers[0].hides = {"b"}
+        await state.give(2)
+        assert state.states()[1] == "up"
+        await until(lambda: "shows 1 of 2 weights, too few to know what it has: b" in caplog.text)
+        assert servers[0].paused
+        servers[0].hides = set()
+        await until(lambda: state.states() == ["up", "up"])
+
+    run(servers, body)
+    assert "are compared after an update" not in caplog.text, "all are"
+
+
+@pytest.mark.parametrize("hidden", [["b", "a"], ["c", "b", "a"]], ids=["most", "all"])
+def test_servers_that_show_too_few_of_their_weights_end_the_run(
+    hidden: list[str], servers: list[FakeServer]
+) -> None:
+    weights = {name: torch.ones(2, 3) for name in "abc"}
+    servers[0].hides = set(hidden)
+
+    async def work() -> None:
+        state = Run(servers[:1], 1.0, False)
+        try:
+            await state.start()
+            await state.pool.hold()
+            with pytest.raises(EngineError, match=f"shows {3 - len(hidden)} of 3 weights, too few"):
+                await state.pool.update(state.sender.write(weights.items(), 1))
+        finally:
+            await state.pool.close()
+            state.sender.close()
+
+    asyncio.run(work())
+
+
 def test_an_update_that_no_server_takes_ends_the_run(servers: list[FakeServer]) -> None:
     async def body(state: Run) -> None:
         for server in servers:

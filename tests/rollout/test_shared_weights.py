@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from recap_fast.rollout.sent_weights import SharedWeights, shared_tensors
+from recap_fast.rollout.server_client import ServerTrouble
 from recap_fast.rollout.server_worker import digest
 from recap_fast.rollout.shared_weights import (
     DIGEST_COLUMNS,
+    Comparison,
     SharedMemoryWeights,
     WrittenWeights,
     sample_columns,
@@ -111,3 +113,35 @@ def test_digests_are_of_what_the_engine_computes_in() -> None:
     assert columns.shape == (4, DIGEST_COLUMNS)
     assert digest(columns.bfloat16()) == digest(columns.bfloat16().clone())
     assert digest(columns.bfloat16()) != digest(columns)
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_enough"),
+    [
+        ({"layers.0.q", "layers.1.q", "head"}, True),  # no row has images
+        ({"layers.0.q", "layers.1.q"}, True),
+        ({"layers.0.q"}, False),
+        ({"visual.0.q", "visual.1.q", "visual.2.q", "mlp.experts.0.up", "head"}, False),
+        (set(), False),
+    ],
+)
+def test_most_of_the_weights_must_be_comparable(shown: set[str], is_enough: bool) -> None:
+    names = [
+        "layers.0.q", "layers.1.q", "head",
+        "visual.0.q", "visual.1.q", "visual.2.q", "visual.3.q", "mlp.experts.0.up",
+    ]  # fmt: skip
+    wanted = dict.fromkeys(names, "aa")
+    found = {name: wanted[name] for name in shown}
+    if is_enough:
+        assert Comparison().differing("http://there", found, wanted) == []
+    else:
+        with pytest.raises(ServerTrouble, match=f"shows {len(shown)} of 8 weights, too few"):
+            Comparison().differing("http://there", found, wanted)
+
+
+def test_what_was_compared_once_is_compared_always() -> None:
+    comparison, wanted = Comparison(), {"a": "aa", "b": "bb", "c": "cc"}
+    assert comparison.differing("http://there", {"a": "aa", "b": "bb"}, wanted) == []
+    assert comparison.differing("http://there", {**wanted, "c": "dd"}, wanted) == ["c"]
+    with pytest.raises(ServerTrouble, match="b cannot be read back"):
+        comparison.differing("http://there", {"a": "aa", "c": "cc"}, wanted)
