@@ -87,7 +87,7 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
         if member.locate is not None:
             member.locate()
         status = await member.client.health(health_wait)
-        if status == 200 and await _is_itself(member):
+        if status == 200 and await is_itself(member):
             return
         if status is not None and status < 500 and member.is_attached:
             raise EngineError(
@@ -105,7 +105,7 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
         await asyncio.sleep(0.25)
 
 
-async def _is_itself(member: Member) -> bool:
+async def is_itself(member: Member) -> bool:
     """Whether no other than the run's own server has answered: who has taken its port may be
     healthy too, and has not its key."""
     if member.start is None and member.locate is None:

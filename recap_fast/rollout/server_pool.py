@@ -23,6 +23,7 @@ from recap_fast.rollout.server_label import OtherRunError, label
 from recap_fast.rollout.server_member import (
     Member,
     in_full,
+    is_itself,
     wait_listening,
     wait_ready,
     was_killed,
@@ -181,8 +182,13 @@ class ServerPool:
             except OtherRunError as error:
                 self._taken = error
                 raise
-            except EngineError as error:  # the request's fault, or this server's: another will say
-                refusals[member] = error, member.recovery
+            except EngineError as error:
+                if await is_itself(member):  # its fault, or the request's: another server will say
+                    refusals[member] = error, member.recovery
+                else:
+                    trouble = str(error)
+                    failures += 1
+                    self._take_out(member, trouble)
                 continue
             except ServerTrouble as error:
                 trouble = str(error)
