@@ -51,8 +51,11 @@ def without_times(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def test_groups_without_a_signal_are_replaced_and_counted(tmp_path: Path, model: Path) -> None:
-    config = configured(tmp_path, model, EVEN, DYNAMIC, "data.batch_size=8")
-    train(config)
+    settings = ("data.batch_size=8", "reweighting.balance=gradient")
+    config = configured(tmp_path, model, EVEN, DYNAMIC, *settings)
+    balance = train(config).balance
+    assert balance is not None
+    assert (balance.means > 0).all(), "each kept group has a gradient to be measured"
     samples = samples_of(config)
     dropped = 0
     for row in read_metrics(Path(config.run)):

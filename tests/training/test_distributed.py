@@ -118,7 +118,10 @@ def assert_same(
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, models: dict[bool, Path]) -> None:
     """Five rows, three of them prompts: neither the groups nor the tokens divide by two."""
-    settings = ("data.batch_size=5", "checkpoint.every=0", *SEVERAL_PASSES, *WITH_REFERENCE)
+    settings = (
+        "data.batch_size=5", "checkpoint.every=0", "reweighting.balance=gradient",
+        *SEVERAL_PASSES, *WITH_REFERENCE,
+    )  # fmt: skip
     one = trained(tmp_path / "1", models[False], 1, *settings)
     assert one["rows"][-1]["train/policy_tokens"]
     assert any(math.isfinite(row.get("kl") or math.nan) for row in one["rows"])
@@ -149,7 +152,7 @@ def test_two_processes_train_adapters_as_one(tmp_path: Path, models: dict[bool, 
     """The reference is the same shards without adapters."""
     settings = (
         "data.batch_size=5", "checkpoint.every=0", "model.lora.rank=4",
-        "optimizer.learning_rate=1e-2", *WITH_REFERENCE,
+        "optimizer.learning_rate=1e-2", "reweighting.balance=gradient", *WITH_REFERENCE,
     )  # fmt: skip
     one = trained(tmp_path / "1", models[True], 1, *settings)
     assert all(".lora_" in name for name in one["weights"])
