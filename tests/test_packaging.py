@@ -222,7 +222,7 @@ def test_the_command_without_its_requirements(torch_alone: Path, tmp_path: Path)
     assert re.fullmatch(r"recap-fast needs 'typer', .*`pip install recap-fast`.*\n", done.stderr)
 
 
-SHAPE = re.compile(r"\[([A-Z](, [A-Z])*)?\]")
+SHAPE = re.compile(r"\[([A-Z0-9](, [A-Z0-9])*)?\]")
 
 
 def test_public_names_are_documented() -> None:
