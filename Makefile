@@ -28,10 +28,11 @@ venv:
 train: venv
 	$(BIN)/recap-fast train $(CONFIG) $(OVERWRITE) $(ARGS)
 
-# Two processes of one thread each, which suits small tensors better than one of two; a file's tests
-# stay together, with their models and engines. What ARGS selects runs in one process.
+# Three processes of one thread each on two cores, since tests also wait, for processes and for
+# deadlines; a file's tests stay together, with their models and engines. What ARGS selects runs in
+# one process.
 test: venv
-	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest -m "not slow" $(or $(ARGS),-n 2 --dist loadfile)
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest -m "not slow" $(or $(ARGS),-n 3 --dist loadfile)
 
 bench: venv
 	$(BIN)/recap-fast bench $(ARGS)

@@ -68,6 +68,7 @@ assert LigerFusedLinearGRPOLoss is FusedLinearGRPOLoss
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first_import", "before", "after"),
     [

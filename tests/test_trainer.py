@@ -654,6 +654,7 @@ def test_settings_train(tmp_path, model, settings):
     assert rows[0]["skipped_updates"] == 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "method", ["uniform", "dwa", "rlw", "uw", "scale_invariant", "famo", "saw", "static"]
 )

@@ -77,6 +77,7 @@ def settings(request, tmp_path):
     return path
 
 
+@pytest.mark.thinned(3)
 def test_trains_evaluates_and_goes_on(settings):
     config = load_config(settings)
     trainer = Trainer(config)

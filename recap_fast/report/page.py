@@ -45,14 +45,15 @@ def write_report(run_dir: Path) -> Path:
         raise ReportError(f"{run_dir}: not a run's folder (it has no config.yaml)")
     config = load_config(run_dir / "config.yaml")
     history = RunHistory(read_metrics(run_dir))
-    plots = draw_plots(history, config, run_dir / "plots")
+    samples, machine = read_samples(run_dir), _read_machine(run_dir)
+    plots = draw_plots(history, config, run_dir / "plots")  # last of all: it takes seconds
     sections = [
         _header(run_dir, history, config),
         _evaluation_section(history, config),
         _plot_section(plots),
-        _rollout_section(read_samples(run_dir)),
+        _rollout_section(samples),
         _counter_section(history),
-        _facts_section(history, config, _read_machine(run_dir)),
+        _facts_section(history, config, machine),
     ]
     title = escape(run_dir.resolve().name)
     page = _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))

@@ -66,6 +66,8 @@ def test_spills_are_seen(own: dict[str, Record]) -> None:
     assert own["spilling"].local_accesses > 0
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(StaticAnalysisError, match=r"broken, sm_80: .*(?s:.*)undefined_name"):

@@ -90,6 +90,7 @@ def logged(name: str, model: Path, folder: Path, ours: bool) -> list[dict[str, f
     return trainer.state.log_history
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_logged_is_what_theirs_logs(tmp_path: Path, model: Path, name: str) -> None:
     theirs = logged(name, model, tmp_path / "theirs", ours=False)

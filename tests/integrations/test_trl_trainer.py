@@ -145,6 +145,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OURS_ALONE = ("weight/", "rate/", "instability/", "frac_reward_zero_std", "step_time", "train_")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_of_theirs_does_what_it_does_in_their_trainer(
     tmp_path: Path, model: Path, name: str

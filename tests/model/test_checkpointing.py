@@ -74,6 +74,7 @@ def backward(policy: Policy) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     return {n: p.grad for n, p in named if p.grad is not None}, counted.calls
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "modes", [LayerModes.uniform("selective", 3), LayerModes.uniform("full", 3), MIXED],

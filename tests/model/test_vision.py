@@ -148,6 +148,7 @@ def test_packed_equals_one_at_a_time(
     assert longest <= max_tokens * MAX_OVERFILL
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_gradients_equal_one_at_a_time(kind, train_vision, checkpointing):

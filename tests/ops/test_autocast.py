@@ -40,6 +40,7 @@ def _hidden(dtype: torch.dtype) -> Tensor:
     return random_batch().tensors["hidden"].to(dtype).requires_grad_()
 
 
+@pytest.mark.thinned(4)
 @impls
 @operations
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_float64_is_left_alone(impl: str) -> None:
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.thinned(4)
 @impls
 @operations
 def test_autocast_that_is_off_changes_nothing(impl: str, operation: Operation) -> None:

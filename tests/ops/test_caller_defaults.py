@@ -94,6 +94,7 @@ def test_policy_loss(impl: str, options: dict, default: str) -> None:
     assert_unchanged(compute, default)
 
 
+@pytest.mark.thinned(3)
 @defaults
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_logprobs(impl: str, default: str) -> None:
@@ -112,6 +113,7 @@ def test_logprobs(impl: str, default: str) -> None:
     assert_unchanged(compute, default)
 
 
+@pytest.mark.thinned(5)
 @defaults
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalize", ["std", "none", "leave_one_out"])

@@ -177,6 +177,7 @@ def test_the_weights_gradient_is_added_to_an_existing_one(impl: str, dtype: torc
     torch.testing.assert_close(added, expected["d_weight"].to(dtype), **tolerance)
 
 
+@pytest.mark.thinned(2)
 @impls
 @pytest.mark.usefixtures("small_chunks")
 def test_a_weight_that_takes_a_float32_gradient_gets_the_sum_unrounded(impl: str) -> None:

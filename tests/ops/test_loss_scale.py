@@ -160,6 +160,8 @@ def test_training_under_a_scaler_that_starts_too_high() -> None:
         assert distance(without, exact) > 0.1 * moved
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 @both
 def test_a_compiled_caller(impl: str) -> None:
     batch = _batch(**EVERYTHING, importance=True)

@@ -86,6 +86,7 @@ def test_error_is_bounded_by_that_of_eager_on_many_tokens(
     _assert_as_exact_as_eager(batch, dtype, 1e-7, impl)
 
 
+@pytest.mark.thinned(3)
 @both
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "bias"])
 def test_frozen_operands(impl: str, frozen: str) -> None:
@@ -114,6 +115,7 @@ def test_tied_head() -> None:
     torch.testing.assert_close(gradients[2].double(), gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thinned(3)
 @both
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
 def test_master_weights_meet_hidden_in_its_dtype(impl: str, hidden_dtype: torch.dtype) -> None:
@@ -135,6 +137,7 @@ def test_master_weights_meet_hidden_in_its_dtype(impl: str, hidden_dtype: torch.
     torch.testing.assert_close(mixed["d_weight"].bfloat16(), pure["d_weight"].bfloat16())
 
 
+@pytest.mark.thinned(3)
 @both
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
@@ -248,6 +251,7 @@ def _far_from_bounds(**options: Any) -> Batch:
     return batch
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("old", [False, True])
@@ -491,6 +495,8 @@ def test_extreme_ratios(impl: str, loss_type: Any) -> None:
         assert distance(got[name], value) <= 1e-4 * size + 1e-7, name
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 @both
 def test_groups_of_128_and_of_one_with_32_objectives(impl: str) -> None:
     batch = random_batch(n=30, s=140, k=32, rewards=True)
@@ -537,6 +543,7 @@ def test_kernels_have_no_atomics() -> None:
         assert "atomic" not in path.read_text(), path
 
 
+@pytest.mark.thinned(5)
 @both
 @pytest.mark.parametrize(
     "name",
@@ -552,6 +559,7 @@ def test_what_the_loss_compares_with_may_require_a_gradient(impl: str, name: str
     assert learnt.grad is None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("target", [-1, 37, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_target_outside_the_vocabulary_harms_its_own_row_only(
@@ -578,6 +586,7 @@ def test_nan_shows_in_the_loss(impl: str) -> None:
     assert batch.run(impl, torch.float32)["loss"].isnan()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("old", [False, True])
 def test_k1_reports_its_own_value_and_descends_as_k2(impl: str, old: bool) -> None:
@@ -593,6 +602,7 @@ def test_k1_reports_its_own_value_and_descends_as_k2(impl: str, old: bool) -> No
     assert not torch.allclose(got["loss"], expected["loss"])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("wrong", [-2, -100, 3, 100])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
@@ -609,6 +619,7 @@ def test_an_objective_that_does_not_exist_is_refused(
         batch.run(impl, torch.float32, token_objectives=objectives)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("weights", [None, torch.zeros(3), torch.tensor([2, 1, 0])])
 def test_where_looking_would_wait_such_an_objective_makes_the_loss_nan(

@@ -266,6 +266,7 @@ def test_given_denominators_are_used_and_never_below_one(impl: str) -> None:
     assert output.loss.item() == pytest.approx(expected)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("loss_type", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])

@@ -203,6 +203,7 @@ def test_extreme_logits(impl: str, peak: float) -> None:
     assert found.is_top1.tolist() == [True, False]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("v", [101, 160])
 @pytest.mark.parametrize("columns", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,6 +218,7 @@ def test_blocks_of_the_kernel_change_rounding_only(
         torch.testing.assert_close(got[name], expected[name], msg=name)
 
 
+@pytest.mark.thinned(2)
 @impls
 def test_chunks_change_rounding_only(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves, targets = operands(2, 40, 8, 129, torch.float32)

@@ -182,6 +182,7 @@ def test_negative_zero_and_tiny_means() -> None:
         _compare(*pair)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("options", [{}, RETENTION])
 def test_repeats_to_the_bit_and_returns_a_copy(options: dict[str, Any]) -> None:
     runs = []

@@ -176,6 +176,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(Path(__file__), 2, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_unequal_shares_add_up_to_one_process(
@@ -237,6 +238,7 @@ def test_activation_checkpointing(what: str, use_reentrant: bool, tied: bool) ->
     assert_gradients(policy, expected[2])
 
 
+@pytest.mark.thinned(2)
 @tied_or_not
 def test_compiled_in_one_graph_with_the_reweighter(tied: bool) -> None:
     rows = Rows()

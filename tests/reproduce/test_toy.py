@@ -57,6 +57,7 @@ def test_losses_are_the_formulas() -> None:
             np.testing.assert_allclose(got, by_hand(x1, x2, second), rtol=1e-12)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("setting", ALL, ids=lambda setting: setting.name)
 def test_all_runs_at_once_are_each_run_alone(setting: Setting) -> None:
     steps, seeds = 45, 2

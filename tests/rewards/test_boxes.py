@@ -115,6 +115,7 @@ def test_tags_make_one_of_several_the_answer():
         assert iou(sample) == 1.0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "text", ["[" * 9999, "1 " * 9999, "(1,1)," * 9999, "[1,1,1," * 9999, "9" * 9999]

@@ -318,6 +318,7 @@ slow, variant = pytest.mark.slow, pytest.mark.variant
 QUICK_NOISE = ("exponential", "one reward", "negative")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=[] if kind in QUICK_NOISE else [slow, variant]) for kind in NOISE],
@@ -337,6 +338,7 @@ def test_noise_alone_moves_no_weight(kind: str) -> None:
         assert np.abs(weights - 1).max() < 0.05  # c and i move them by so much
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("signal", ["loss", "reward"])
 @pytest.mark.parametrize("steps_of_change", [1, 10, 200])
 @pytest.mark.parametrize("alpha", [None, 0.5])

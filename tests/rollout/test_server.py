@@ -23,6 +23,9 @@ from recap_fast.rollout import server_pool
 from recap_fast.rollout.factory import make_engine
 from recap_fast.rollout.mismatch import sequence_logprobs, verify_sync
 from recap_fast.rollout.protocol import EngineError, iter_weights
+from recap_fast.rollout.server_check import check_server
+from recap_fast.rollout.server_client import ServerClient
+from recap_fast.rollout.server_worker import model_sizes
 from recap_fast.types import Prompt, Rollout, SamplingSpec, WeightSyncError
 from tests.rollout.conftest import random_llama, start_vllm
 from tests.rollout.test_server_adapters import redraw
@@ -358,6 +361,39 @@ def test_a_server_that_stops_answering_is_restarted(
     psutil.wait_procs(before, timeout=60)  # so it is known, whether or not it had requests
     wait_for_all(engine)
     assert not {p.pid for p in before} & {p.pid for p in processes(engine)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"sizes": {"hidden_size": "65"}}, r"another model.*hidden_size 64 \(here 65\)"),
+        ({"dtype": torch.bfloat16}, r"computes in float32, .* in bfloat16 \(rollout\.dtype\)"),
+        ({"max_model_len": 129}, r"takes 128 tokens.*--max-model-len 129"),
+    ],
+)
+def test_a_run_that_it_cannot_serve_is_told_why(
+    wanted: dict[str, Any], message: str, engine: Any, model: LlamaForCausalLM
+) -> None:
+    ours = {
+        "model_path": "/mine", "sizes": model_sizes(model.config), "dtype": torch.float32,
+        "max_model_len": 128,
+    }  # fmt: skip
+    client = engine._pool.members[0].client
+    engine._run(check_server(client, **ours))
+    with pytest.raises(EngineError, match=message):
+        engine._run(check_server(client, **(ours | wanted)))
+
+
+def test_a_wrong_key_is_refused(engine: Any) -> None:
+    async def ask() -> None:
+        client = ServerClient(engine._pool.members[0].client.url, key="another", timeout=10.0)
+        try:
+            await client.weight_version()
+        finally:
+            await client.close()
+
+    with pytest.raises(EngineError, match=r"RECAP_FAST_SERVER_KEY"):
+        engine._run(ask())
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, model: LlamaForCausalLM) -> None:

@@ -1,10 +1,13 @@
 """What a run that attaches to a server is told before it writes anything there. The server is a
-stand-in, behind real HTTP."""
+stand-in, behind real HTTP, but for the last test; tests/rollout/test_server.py asks one of ours."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,11 @@ from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_check import check_server
 from recap_fast.rollout.server_client import ServerClient
 from recap_fast.rollout.server_label import OtherRunError
+from recap_fast.rollout.server_process import ServerProcess, free_port
+from recap_fast.rollout.server_worker import model_sizes
+from tests.rollout.conftest import random_llama
 from tests.rollout.fake_server import FakeServer
+from tests.tiny_tokenizer import tiny_tokenizer
 
 SIZES = {"hidden_size": "8", "vocab_size": "32"}
 
@@ -113,3 +120,58 @@ def test_an_old_release_is_refused(server: FakeServer) -> None:
 def test_a_shorter_server_is_refused(server: FakeServer) -> None:
     with pytest.raises(EngineError, match=r"takes 128 tokens.*--max-model-len 129"):
         check(server, max_model_len=129)
+
+
+@pytest.mark.slow
+@pytest.mark.variant
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ({}, r"control routes are missing: .*recap-fast serve CONFIG"),
+        ({"VLLM_SERVER_DEV_MODE": "1"}, r"worker extension.*recap-fast serve CONFIG"),
+    ],
+)
+def test_a_server_as_vllm_starts_it_is_refused(
+    mode: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """The real one, without what `recap-fast serve` adds."""
+    pytest.importorskip("vllm")
+    model = random_llama()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    port = free_port()
+    options = {
+        "model": tmp_path / "model", "host": "127.0.0.1", "port": port, "dtype": "float32",
+        "max-model-len": 128, "kv-cache-memory-bytes": 2**25,
+    }  # fmt: skip
+    server = ServerProcess(
+        [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager",
+            *(text for name, value in options.items() for text in (f"--{name}", str(value))),
+        ],
+        {**os.environ, "VLLM_NO_USAGE_STATS": "1", **mode},
+        tmp_path / "log",
+    )  # fmt: skip
+
+    async def run() -> None:
+        client = ServerClient(f"http://127.0.0.1:{port}", key=None, timeout=30.0, run="0badf00d")
+        try:
+            while await client.health(5.0) != 200:
+                assert server.exit_status is None, server.said()
+                await asyncio.sleep(0.2)
+            await check_server(
+                client,
+                model_path=str(tmp_path / "model"),
+                sizes=model_sizes(model.config),
+                dtype=torch.float32,
+                max_model_len=128,
+            )
+        finally:
+            await client.close()
+
+    try:
+        with pytest.raises(EngineError, match=message):
+            asyncio.run(run())
+    finally:
+        server.stop()

@@ -27,6 +27,7 @@ def model(vllm_model: Any, vllm_engine: Any) -> Iterator[Any]:
     vllm_engine.sync_weights(iter_weights(vllm_model))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_sync_delivers_head_and_embedding_apart(
     vllm_engine: Any, model: Any, prompts: list[Prompt], name: str

@@ -240,6 +240,7 @@ def test_lm_eval_opens_a_checkpoint(newest, trained, task_folder, own_tasks_only
     assert scores["eval/capitals/acc"] in [hits / 6 for hits in range(7)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("what", ["checkpoint", "export"])
 def test_vllm_opens_a_checkpoint(newest, what, tmp_path, monkeypatch):
     """vLLM as anyone starts it, on the folder as it is, and on an export in several files: its
@@ -289,6 +290,7 @@ def test_a_checkpoint_is_trained_on_with_the_default_engine(trained, tmp_path):
     assert is_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_is_evaluated_with_the_default_engine(trained, tmp_path):
     needs_vllm()
     start = as_of_old(shutil.copytree(trained / "checkpoints" / "step-000001", tmp_path / "start"))

@@ -218,17 +218,16 @@ def count(text: str, said: str) -> int:
     return said.count("".join(text.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("distributed.replicas=3", "replicas is 3, which does not divide the 2 processes"),
-        pytest.param(
-            "data.max_prompt_tokens=2000", "sequences may have 2008 tokens", marks=pytest.mark.slow
-        ),
+        ("data.max_prompt_tokens=2000", "sequences may have 2008 tokens"),
         pytest.param(
             "rollout.engine=vllm rollout.sleep=true",
             "vllm sleeps on CUDA only",
-            marks=[pytest.mark.slow, pytest.mark.variant],
+            marks=pytest.mark.variant,
         ),
     ],
     ids=["processes", "model", "engine"],

@@ -158,6 +158,7 @@ def told(step: int, batch: StepBatch) -> StepFeedback:
     return StepFeedback({"length": 2.0 + step % 3, "vowels": 2.0, "ntp": 0.1}, groups)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("stopped", [2, 6])
 @pytest.mark.parametrize("more", [(), (DYNAMIC,)], ids=["every group", "dynamic"])
 @pytest.mark.parametrize("depth", [0, 1, 3])

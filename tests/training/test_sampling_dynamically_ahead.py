@@ -140,6 +140,7 @@ class Inline:
         pass
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("depth", "more"), ORDERS)
 def test_a_run_that_resumes_at_any_step_is_an_unbroken_one(
     depth: int, more: tuple[str, ...], make_source: Any
@@ -269,6 +270,7 @@ class Meeting(World):
         return found
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("depth", "more"), ORDERS[:3])
 def test_processes_draw_the_same_refills(
