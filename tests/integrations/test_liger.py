@@ -141,7 +141,7 @@ def shaped_ratio(ratio: Tensor, kind: str | None) -> Tensor | None:
     return {None: None, "BT": ratio, "B1": ratio[:, :1], "B": ratio[:, 0]}[kind]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize(("loss_type", "level"), LEVELS)
 def test_equals_theirs_in_all_combinations(loss_type: str, level: str, reference: str) -> None:
@@ -279,7 +279,7 @@ def test_two_processes_share_the_normalizer(tmp_path: Path) -> None:
         assert values["ours"][0] != pytest.approx(values["alone"], rel=1e-2)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("reference", ["none", "logps", "input"])
 @pytest.mark.parametrize(("loss_type", "level"), LEVELS)
 def test_compiles_in_one_graph(loss_type: str, level: str, reference: str) -> None:

@@ -64,7 +64,7 @@ def assert_unchanged(compute: Callable[[], dict[str, Tensor]], default: str) -> 
         assert torch.equal(got[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(9)
 @defaults
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(

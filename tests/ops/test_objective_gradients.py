@@ -64,7 +64,7 @@ def test_agrees_with_the_oracle_in_float64(batch: Batch) -> None:
 EXACT, ROUNDED = (torch.float32, 1e-4), (torch.bfloat16, 0.03)  # rows are rounded to 2 ** -9
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @both
 @pytest.mark.parametrize(
     ("kind", "dtype", "bound"),

@@ -57,7 +57,7 @@ def _is_keyword(name: str) -> bool:
     return next(a.kwarg_only for a in arguments if a.name == name)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @impls
 @pytest.mark.parametrize(
     "options",

@@ -232,6 +232,7 @@ def test_figures_are_drawn_only_from_data(tmp_path: Path) -> None:
     assert plots[0].path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_curves_that_never_move_are_drawn_in_silence(tmp_path: Path, value: float) -> None:

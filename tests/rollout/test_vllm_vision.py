@@ -126,7 +126,7 @@ def largest_difference(model: Any, engine: Any, prompts: list[Prompt]) -> float:
     return (ours - torch.tensor([p for r in rollouts for p in r.logprobs])).abs().max().item()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_engine_and_trainer_agree_before_and_after_the_tower_changes(running):
     """A changed vision tower shows at once, and a sync ends it: no image's features survive."""
     model, engine, prompts = running
