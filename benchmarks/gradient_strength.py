@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.measuring import provenance
 from recap_fast.config import TrainConfig, load_config
+from recap_fast.model.precision import compute_dtype
 from recap_fast.ops import PolicyLossConfig, fused_linear_policy_loss, objective
 from recap_fast.ops.tokens import TokenTable
 from recap_fast.report.metrics import read_metrics
@@ -145,11 +146,12 @@ def _listed(table: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(x) else round(float(x), 3) for x in row] for row in table]
 
 
-def _cost() -> dict[str, float]:
-    """Milliseconds of the loss, median of rounds taken in turns."""
+def _cost() -> dict[str, float | str]:
+    """Milliseconds of the loss, median of rounds taken in turns, in the dtype that a run takes."""
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.bfloat16).mul_(0.04).requires_grad_()
+    dtype = compute_dtype("auto", torch.device("cpu"))
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype).mul_(0.04).requires_grad_()
     kinds = torch.full((TOKENS,), -1)
     kinds[TOKENS // 2 :] = OBJECTIVES - 1
     arguments = {
@@ -167,6 +169,7 @@ def _cost() -> dict[str, float]:
             found.append(time.perf_counter() - start)
     without, beside = (1e3 * statistics.median(seconds[wanted][1:]) for wanted in (False, True))
     return {
+        "dtype": str(dtype).removeprefix("torch."),
         "loss_ms": round(without, 1),
         "with_objective_gradients_ms": round(beside, 1),
         "percent": round(100 * (beside / without - 1), 2),
