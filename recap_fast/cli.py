@@ -459,7 +459,7 @@ def main() -> None:
     """Entry point."""
     from recap_fast.rollout.preload import ensure_preload
 
-    if sys.argv[1:2] in (["train"], ["eval"]):
+    if sys.argv[1:2] in (["train"], ["eval"], ["serve"]):
         ensure_preload()
     quieten()
     try:

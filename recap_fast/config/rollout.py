@@ -84,9 +84,9 @@ class AsyncConfig(Section):
     """Steps ahead of the trainer for which rollouts are sampled. 0: the two take turns; 1: one
     step off, which hides the shorter of both behind the longer."""
     max_staleness: int | None = Field(None, ge=0)
-    """Most optimizer steps between the weights that sampled a token and those that are trained on
-    it. Unset: depth, and steps are trained on in their order; larger: a step does not wait for its
-    longest rollouts, which a later one trains on."""
+    """Most steps between the weights that sampled a token and those that are trained on it. Unset:
+    depth, and steps are trained on in their order; larger: a step does not wait for its longest
+    rollouts, which a later one trains on."""
     on_update: Literal["keep", "recompute"] = "keep"
     """What requests in flight do with their keys and values when the weights change."""
 
@@ -150,7 +150,8 @@ class RolloutConfig(Section):
     """vLLM on CPU: size of its KV cache."""
     tensor_parallel_size: int = Field(1, ge=1)
     """vLLM: processes, neighbours by rank, that share one engine, each with a part of its weights
-    and KV cache. For models that one GPU does not hold; 1: every process has an engine."""
+    and KV cache. For models that one GPU does not hold; 1: every process has an engine. With
+    vllm_server, GPUs of each server."""
     sleep: bool = False
     """vLLM on CUDA: the engine gives its weights and KV cache back while the model is trained."""
     server: ServerConfig = ServerConfig()
@@ -194,6 +195,11 @@ class RolloutConfig(Section):
             problem = "async.on_update is recompute: requests keep their version, none changes"
         if problem:
             raise ValueError(f"server.adapters is named, and {problem}; set it to merged")
+
+    @property
+    def processes_per_engine(self) -> int:
+        """Processes of the run that share an engine; servers have their own."""
+        return 1 if self.engine == "vllm_server" else self.tensor_parallel_size
 
     @property
     def adapter_slots(self) -> int:

@@ -10,11 +10,10 @@ import torch
 
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import BACKEND_HINT, ServerClient, ServerTrouble
+from recap_fast.rollout.server_command import OLDEST_RELEASE, is_too_old
 from recap_fast.rollout.server_label import OtherRunError
 from recap_fast.rollout.server_worker import BACKEND
 
-_OLDEST = (0, 32)
-"""The first release whose tokens say which weights sampled them."""
 _LEAVING = 5.0
 """Seconds in which a run that has just ended has none of its requests left on a server."""
 
@@ -55,12 +54,10 @@ async def check_server(
 
 async def _check_release(client: ServerClient) -> None:
     release = await client.version()
-    numbers = tuple(int(x) for x in release.split(".")[:2] if x.isdigit())
-    if numbers < _OLDEST:
-        wanted = ".".join(map(str, _OLDEST))
+    if is_too_old(release):
         raise EngineError(
-            f"the server at {client.url} is vllm {release}: wanted {wanted} or newer, whose "
-            f"tokens say which weights sampled them"
+            f"the server at {client.url} is vllm {release}: wanted {OLDEST_RELEASE} or newer, "
+            f"whose tokens say which weights sampled them"
         )
 
 

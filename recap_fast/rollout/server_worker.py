@@ -53,8 +53,14 @@ def _fork_engine() -> None:
 
 
 def digest(columns: Tensor) -> str:
-    """Of a weight's columns, to the bit. Takes them in any dtype, on any device."""
-    values = columns.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    """Of a weight's columns, to the bit. Takes them in any dtype, on any device.
+
+    What is no normal number counts as 0: read back as a product, -0.0 comes as 0.0, and processors
+    may be set to take subnormal numbers for 0.
+    """
+    values = columns.detach().cpu().reshape(-1)
+    is_tiny = values.abs() < torch.finfo(values.dtype).tiny
+    values = values.masked_fill(is_tiny, 0.0).view(torch.uint8).numpy()
     return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 

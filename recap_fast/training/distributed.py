@@ -30,8 +30,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from recap_fast.config import ConfigError, MissingGpuError, TrainConfig
+from recap_fast.config import ConfigError, MissingGpuError, RolloutConfig, TrainConfig
 from recap_fast.model.policy import pick_device
+from recap_fast.rollout.server_command import is_loopback
 from recap_fast.types import (
     LostProcessError,
     OutOfMemoryError,
@@ -283,8 +284,8 @@ def start_world(config: TrainConfig) -> World:
 
     Raises:
         ConfigError: `distributed.replicas` or `rollout.tensor_parallel_size` does not divide the
-            number of processes, there are fewer GPUs than processes on this host, or a CPU is to
-            be offloaded.
+            number of processes, there are fewer GPUs than processes on this host, servers are not
+            reached from all hosts, or a CPU is to be offloaded.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = pick_device(config.model.device)
@@ -295,8 +296,10 @@ def start_world(config: TrainConfig) -> World:
         )
     replicas = config.distributed.replicas
     check_divisors(config, f"{size} process{'es' if size > 1 else ''}", size)
-    sharing, here = config.rollout.tensor_parallel_size, os.environ.get("LOCAL_WORLD_SIZE", size)
-    if int(here) % sharing:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    check_servers(config.rollout, size, here)
+    sharing = config.rollout.processes_per_engine
+    if here % sharing:
         logger.warning(
             "rollout.tensor_parallel_size is %d, and this host has %s processes: those that share "
             "an engine talk in each layer, which between hosts is slow",
@@ -359,10 +362,30 @@ def check_divisors(config: TrainConfig, processes: str, size: int) -> None:
     """
     for name, value in (
         ("distributed.replicas", config.distributed.replicas),
-        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
+        ("rollout.tensor_parallel_size", config.rollout.processes_per_engine),
     ):
         if size % value:
             raise ConfigError(f"{name} is {value}, which does not divide the {processes}")
+
+
+def check_servers(config: RolloutConfig, size: int, here: int) -> None:
+    """Raises `ConfigError` for servers that processes on other hosts would look for in vain.
+
+    Args:
+        size: processes of the run.
+        here: those on this host.
+    """
+    if config.engine != "vllm_server" or here >= size:
+        return
+    near = [url for url in config.server.urls if is_loopback(url)]
+    if config.server.urls and not near:
+        return
+    listens = f"{near[0]} is" if near else "servers that a run starts listen at"
+    raise ConfigError(
+        f"rollout.engine is vllm_server, and {here} of the {size} processes are on this host: "
+        f"{listens} an address of loopback, which the other hosts do not reach; start servers with "
+        f"`recap-fast serve CONFIG --host ADDRESS`, and name them in rollout.server.urls"
+    )
 
 
 def _end_with_launcher() -> None:

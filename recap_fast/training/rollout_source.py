@@ -209,7 +209,7 @@ class AsynchronousRollouts:
     drawn longest ago where `max_staleness` is `depth`, and else on those that are complete first,
     with the ones that would become too stale among them; where these alone are more than it has
     drawn, the steps after it have fewer. No token is then older than
-    `max_staleness` optimizer steps when it is trained on, and no rollout is thrown away, which
+    `max_staleness` steps when it is trained on, and no rollout is thrown away, which
     would leave out the long ones.
 
     With dynamic sampling a step judges the groups that it waits for, which is the same in every

@@ -97,10 +97,10 @@ def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[
     """How old the tokens are that a step trains on, where the engine says so.
 
     Args:
-        policy_version: optimizer steps before this one.
+        policy_version: steps before this one.
 
     Returns:
-        Mean and maximum over the tokens, in optimizer steps, and the share of each age.
+        Mean and maximum over the tokens, in steps, and the share of each age.
     """
     ages = np.array([policy_version - version for r in rollouts for version in r.versions])
     if not len(ages):

@@ -206,6 +206,16 @@ def check_that_no_prefix_outlives(
     assert mean_mismatch(new, rollouts, 1.0) < 1e-5
 
 
+def test_a_zero_may_have_a_sign(engine: Any, model: LlamaForCausalLM) -> None:
+    """Linear layers are read back by products, in which -0.0 is 0.0."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight[3, 0] = -0.0
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    assert [member.state for member in engine._pool.members] == ["up", "up"]
+
+
 def test_no_prefix_of_the_old_weights_is_used(
     engine: Any, model: LlamaForCausalLM, long_prompt: Prompt
 ) -> None:

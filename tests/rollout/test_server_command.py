@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from recap_fast.rollout import server_command
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_command import (
     KEY_VARIABLE,
     check_gpus,
+    check_installed,
     server_environment,
     server_key,
 )
@@ -47,6 +51,18 @@ def test_gpus_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = "need 4 GPUs behind the 2 that train, and of 4 that are seen here 2 are left"
     with pytest.raises(EngineError, match=f"{wanted}: lower rollout.server.count"):
         check_gpus(range(2, 6))
+
+
+@pytest.mark.parametrize("release", ["0.25.1", "0.31.2.dev3+gabc"])
+def test_an_installed_vllm_that_is_too_old_is_named(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server would start, or end with a flag that it does not know."""
+    pytest.importorskip("vllm")
+    check_installed(takes_images=False)
+    monkeypatch.setattr(server_command, "version", lambda name: release)
+    with pytest.raises(EngineError, match=rf"vllm {re.escape(release)} is .* wanted 0.32 or newer"):
+        check_installed(takes_images=False)
 
 
 @pytest.mark.parametrize(

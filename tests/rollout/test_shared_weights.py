@@ -115,6 +115,17 @@ def test_digests_are_of_what_the_engine_computes_in() -> None:
     assert digest(columns.bfloat16()) != digest(columns)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_digests_know_one_zero(dtype: torch.dtype) -> None:
+    """A product with a one-hot vector has no sign of it, and none of what is subnormal."""
+    zero = torch.tensor([1.0, 0.0], dtype=dtype)
+    smallest = torch.finfo(dtype).tiny
+    for value in (-0.0, smallest / 2, -smallest / 2):
+        assert digest(zero) == digest(torch.tensor([1.0, value], dtype=dtype))
+    for value in (smallest, -smallest):
+        assert digest(zero) != digest(torch.tensor([1.0, value], dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("shown", "is_enough"),
     [

@@ -311,6 +311,43 @@ def test_replicas_that_do_not_divide_the_processes(
         start_world(config)
 
 
+def test_servers_have_processes_of_their_own(
+    tmp_path: Path, models: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("rollout.engine=vllm_server", "rollout.tensor_parallel_size=2")
+    world = start_world(tiny_config(tmp_path, models[True], *settings))
+    assert world.size == 1
+    with pytest.raises(ConfigError, match="size is 2, which does not divide the 1 process"):
+        start_world(tiny_config(tmp_path, models[True], *settings[1:], "rollout.engine=vllm"))
+
+
+@pytest.mark.parametrize(
+    ("urls", "listens"),
+    [
+        ("[]", "servers that a run starts listen at an address of loopback"),
+        ("[http://10.0.0.7:8000,http://127.0.0.1:8000]", "http://127.0.0.1:8000 is an address"),
+        ("[http://10.0.0.7:8000]", None),
+    ],
+)
+def test_servers_that_other_hosts_do_not_reach_are_refused(
+    urls: str,
+    listens: str | None,
+    tmp_path: Path,
+    models: dict[bool, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = ("rollout.engine=vllm_server", f"rollout.server.urls={urls}")
+    config = tiny_config(tmp_path, models[True], *settings)
+    distributed.check_servers(config.rollout, 4, 4)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    message = listens or "cannot join the others"
+    with pytest.raises(ConfigError, match=message) as caught:
+        start_world(config)
+    assert ("recap-fast serve CONFIG --host" in str(caught.value)) == (listens is not None)
+
+
 def test_a_process_without_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
