@@ -60,8 +60,8 @@ def digest(columns: Tensor) -> str:
     """
     values = columns.detach().cpu().reshape(-1)
     is_tiny = values.abs() < torch.finfo(values.dtype).tiny
-    values = values.masked_fill(is_tiny, 0.0).view(torch.uint8).numpy()
-    return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
+    found = values.masked_fill(is_tiny, 0.0).view(torch.uint8).numpy()
+    return hashlib.blake2b(found.tobytes(), digest_size=8).hexdigest()
 
 
 def adapter_digest(a: Tensor, b: Tensor) -> str:
