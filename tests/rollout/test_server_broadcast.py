@@ -171,6 +171,19 @@ def test_sides_that_set_nccl_differently_form_no_group(
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_every_group_of_a_tied_model_arrives(
+    group: str, engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
+) -> None:
+    """The embedding is the head."""
+    engine.sync_weights(iter_weights(model, engine.dtype), 1)
+    perturb(model, group)
+    with pytest.raises(WeightSyncError):
+        verify_sync(engine, model, prompts, tolerance=1e-4)
+    engine.sync_weights(iter_weights(model, engine.dtype), 2)
+    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_every_group_of_a_tied_model_arrives_through_shared_memory(
     group: str,
     engine: Any,
@@ -179,17 +192,11 @@ def test_every_group_of_a_tied_model_arrives_through_shared_memory(
     prompts: list[Prompt],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Servers take weights in any way that the trainer chooses, so this one serves for that too.
-    The embedding is the head."""
+    """Servers take weights in any way that the trainer chooses, so this one serves for that too."""
     if kind != "nccl":
         pytest.skip("as with nccl")
     shared = transfer.MemoryTransfer(SharedMemoryWeights(engine.dtype))
     monkeypatch.setattr(engine, "_transfer", shared)
     monkeypatch.setattr(engine._pool, "_transfer", shared)
-    engine.sync_weights(iter_weights(model, engine.dtype), 1)
-    perturb(model, group)
-    with pytest.raises(WeightSyncError):
-        verify_sync(engine, model, prompts, tolerance=1e-4)
-    engine.sync_weights(iter_weights(model, engine.dtype), 2)
-    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+    test_every_group_of_a_tied_model_arrives(group, engine, model, prompts)
     shared.close()
