@@ -85,6 +85,8 @@ def make_engine(
             device=device,
             weight_shapes=weight_shapes(model),
             sizes=model_sizes(model.config.get_text_config()),
+            # A head may be padded beyond that; vLLM samples from none of the padding.
+            vocabulary=model.config.get_text_config().vocab_size,
             stop_ids=stop_token_ids(model, tokenizer),
             logs=logs,
             vision=make_adapter(model),

@@ -72,6 +72,7 @@ class ServerEngine:
     Args:
         weight_shapes: of what a complete weight stream contains.
         sizes: the model's, as `model_sizes` gives them.
+        vocabulary: how many tokens the model may sample from.
         stop_ids: tokens that end a completion, and stay its last token.
         vision: the model's adapter, if it has one.
         image_pixels: least and largest area of the images; None where no row has any.
@@ -96,6 +97,7 @@ class ServerEngine:
         device: torch.device,
         weight_shapes: Mapping[str, Sequence[int]],
         sizes: Mapping[str, str],
+        vocabulary: int,
         stop_ids: frozenset[int],
         logs: Path,
         vision: VisionAdapter | None = None,
@@ -110,6 +112,7 @@ class ServerEngine:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._weight_shapes = weight_shapes
+        self._vocabulary = vocabulary
         self._stop_ids = stop_ids
         self._vision = vision
         self._leads = leads
@@ -284,6 +287,7 @@ class ServerEngine:
             temperature=sampling.temperature,
             seed=prompt_seed(sampling.seed, sampling.group(index)),
             stop_token_ids=tuple(sorted(self._stop_ids)),
+            vocabulary=self._vocabulary,
             vision=images,
             priority=priority,
         )
@@ -379,6 +383,8 @@ class ServerEngine:
             self._run(self._follow(policy_version, name))
 
     def _sync_whole(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        if not self._leads:  # before all agree on what comes next: no server has these yet
+            self._loop.call_soon_threadsafe(self._pool.announce, policy_version)
         self._agreed(lambda: self._pool.hold())
         if self._transfer is None:
             for _ in named_tensors:  # every process takes part in gathering them

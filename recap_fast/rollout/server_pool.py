@@ -89,6 +89,9 @@ class ServerPool:
         self._weights: WrittenWeights | None = None
         self._comparison = Comparison()
         self._version: int | None = None
+        self._newest = 0
+        """The version that servers may have by now: while an update is under way, newer than the
+        other."""
         self._adapter: str | None = None
         """The name of this version's, where there are adapters."""
         self._writing = False
@@ -178,6 +181,12 @@ class ServerPool:
                     raise ServerTrouble(
                         f"{member} sampled from the weights of step {oldest}, where those of step "
                         f"{version} were wanted"
+                    )
+                newest = max(max(one.versions) for one in completions)
+                if newest > self._newest:
+                    raise ServerTrouble(
+                        f"{member} says that it sampled from the weights of step {newest}, and the "
+                        f"newest are those of step {self._newest}"
                     )
             except OtherRunError as error:
                 self._taken = error
@@ -286,6 +295,7 @@ class ServerPool:
         Raises:
             EngineError: none is left, or another run has taken one.
         """
+        self.announce(weights.version)
         await self.let_go(weights)
         # Those that are out will come back with these weights.
         members = [member for member in self.members if member.state in ("starting", "up")]
@@ -294,6 +304,12 @@ class ServerPool:
         await in_full(self._update_members(some) for some in together if some)
         await self._choose()
         self._version = weights.version
+
+    def announce(self, version: int) -> None:
+        """From now on servers may have weights of this version. Those that do not lead say so
+        before the process that leads gives them: servers answer from them while others still wait
+        for theirs."""
+        self._newest = max(self._newest, version)
 
     def withhold(self) -> None:
         """An update was given up: nothing shall be sampled from what is there."""
@@ -305,6 +321,7 @@ class ServerPool:
         assert self._adapters is not None
         newest = self._adapters.newest
         assert newest is not None
+        self.announce(newest.version)
         members = [member for member in self.members if member.state in ("starting", "up")]
         await in_full(self._give_adapters(member) for member in members)
         await self._choose()
@@ -425,6 +442,7 @@ class ServerPool:
     def follow(self, version: int, adapter: str | None = None) -> None:
         """For processes that do not lead: the servers have the weights of this version, or the
         adapters of this name."""
+        self.announce(version)
         self._version, self._adapter = version, adapter
         for member in self.members:
             if member.state == "starting":

@@ -42,6 +42,8 @@ class Request:
     temperature: float
     seed: int
     stop_token_ids: tuple[int, ...]
+    vocabulary: int
+    """How many tokens the model has: ids beyond are none."""
     vision: VisionAdapter | None = None
     priority: int = 0
     """Lower ones are sampled first."""
@@ -123,6 +125,9 @@ def _read_completion(
     if choice["finish_reason"] not in ("stop", "length"):
         raise ValueError(f"a completion ended for the reason {choice['finish_reason']!r}")
     token_ids = [int(token) for token in choice["token_ids"]]
+    if not all(0 <= token < request.vocabulary for token in token_ids):
+        problem = f"token ids between {min(token_ids)} and {max(token_ids)}"
+        raise ValueError(f"{problem}, of a vocabulary of {request.vocabulary}")
     content = choice["logprobs"]["content"]
     if not 1 <= len(token_ids) <= request.max_new_tokens:
         raise ValueError(f"{len(token_ids)} tokens, wanted 1 to {request.max_new_tokens}")

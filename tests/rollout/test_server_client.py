@@ -22,7 +22,7 @@ from recap_fast.types import ImageInput, Prompt
 from tests.rollout.fake_server import FakeServer
 
 PROMPT = Prompt("test", 4, [1, 2, 3], "?", "", {})
-REQUEST = Request(PROMPT, PROMPT.token_ids, 2, 4, 1.0, 9, (0, 7))
+REQUEST = Request(PROMPT, PROMPT.token_ids, 2, 4, 1.0, 9, (0, 7), 100)
 
 CHOICE = {
     "index": 0,
@@ -131,6 +131,16 @@ def _an_infinite_token(answer: Any) -> None:
     answer["choices"][0]["token_ids"][0] = float("inf")
 
 
+def _a_token_beyond_the_vocabulary(answer: Any) -> None:
+    answer["choices"][0]["token_ids"][2] = 100
+    answer["choices"][0]["logprobs"]["content"][2]["token_id"] = 100
+
+
+def _a_negative_token(answer: Any) -> None:
+    answer["choices"][0]["token_ids"][2] = -7
+    answer["choices"][0]["logprobs"]["content"][2]["token_id"] = -7
+
+
 def _a_version_that_is_no_text(answer: Any) -> None:
     answer["choices"][0]["weight_versions"][0]["version"] = None
 
@@ -140,7 +150,8 @@ def _a_version_that_is_no_text(answer: Any) -> None:
     [
         _without_a_choice, _with_twice_the_same, _aborted, _empty, _too_long, _other_tokens,
         _not_a_number, _positive, _without_versions, _versions_with_a_gap, _versions_too_short,
-        _never_given_weights, _an_infinite_token, _a_version_that_is_no_text,
+        _never_given_weights, _an_infinite_token, _a_token_beyond_the_vocabulary,
+        _a_negative_token, _a_version_that_is_no_text,
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )  # fmt: skip
@@ -178,7 +189,7 @@ def test_an_image_has_a_name_for_each_version_of_the_weights() -> None:
     picture = Image.new("RGB", (28, 28), (1, 2, 3))
     image = ImageInput(picture, *[None] * (len(ImageInput.__slots__) - 1))  # type: ignore[arg-type]
     prompt = Prompt("test", 0, [1, 2], "?", "", {}, (image,))
-    request = Request(prompt, [1, 2], 1, 4, 1.0, 0, ())
+    request = Request(prompt, [1, 2], 1, 4, 1.0, 0, (), 100)
     first, again, later = (request.body(v)["content_parts"][0] for v in ("a:3", "a:3", "b:3"))
     assert first == again
     assert first["url"] == later["url"]

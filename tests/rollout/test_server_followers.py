@@ -168,6 +168,7 @@ def test_a_follower_does_not_sample_from_older_weights(
         await until(lambda: servers[-1].routes().count("/weight_info") >= 2)
         assert not asked.done()
         assert "/inference/v1/generate" not in servers[-1].routes()
+        pair.follower.announce(3)
         servers[-1].version = ":3"  # the leader has gone on meanwhile: newer ones will do
         assert await asked == {3}
         assert pair.states()[1] == ["up"]

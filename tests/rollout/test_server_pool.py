@@ -32,7 +32,7 @@ GENERATE = "/inference/v1/generate"
 
 def request(row: int = 0, n: int = 2, max_new_tokens: int = 8) -> Request:
     prompt = Prompt("test", row, [1, 2, 3], "?", "", {})
-    return Request(prompt, prompt.token_ids, n, max_new_tokens, 1.0, row, (0,))
+    return Request(prompt, prompt.token_ids, n, max_new_tokens, 1.0, row, (0,), 101)
 
 
 class Run:
@@ -214,6 +214,78 @@ def test_a_server_that_answers_wrongly_is_brought_back(
     assert servers[0].routes().count("/update_weights") == 2, "it came back with weights"
     assert f"the server at {servers[0].url} is taken out" in caplog.text
     assert f"the server at {servers[0].url} is back" in caplog.text
+
+
+def saying(server: FakeServer, **what: Any) -> None:
+    """Has a server's answers say that of their tokens, well-formed."""
+    generate = server._generate
+
+    def generate_otherwise(body: Any) -> tuple[int, Any]:
+        status, content = generate(body)
+        for choice in content["choices"]:
+            if ids := what.get("token_ids"):
+                choice["token_ids"] = ids
+                choice["logprobs"]["content"] = [{"token_id": t, "logprob": -1.0} for t in ids]
+            if version := what.get("version"):
+                choice["weight_versions"] = [{"version": version, "start": 0, "end": 3}]
+        return status, content
+
+    server._generate = generate_otherwise  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        (
+            {"token_ids": [10**9, 3, 4]},
+            "token ids between 3 and 1000000000, of a vocabulary of 101",
+        ),
+        ({"token_ids": [5, 101, 6]}, "token ids between 5 and 101"),
+        ({"token_ids": [-7, 3, 4]}, "token ids between -7 and 4"),
+        ({"version": ":99"}, "from the weights of step 99, and the newest are those of step 1"),
+    ],
+    ids=["far beyond", "just beyond", "negative", "a version that nobody gave"],
+)
+def test_well_formed_nonsense_is_asked_of_another(
+    what: dict[str, Any], problem: str, servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    saying(servers[0], **what)
+
+    async def body(state: Run) -> None:
+        for row in range(4):
+            for one in await state.pool.sample(request(row)):
+                assert one.token_ids == [5 + row, 6 + row, 7 + row]
+                assert one.versions == [1, 1, 1]
+        assert state.pool.reissued >= 1
+
+    run(servers, body)
+    assert f"the server at {servers[0].url} is taken out" in caplog.text
+    assert problem in caplog.text
+
+
+def test_a_server_may_sample_from_weights_that_others_still_wait_for(
+    servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update ends with the last of them."""
+    answer, over = servers[1]._answer, threading.Event()
+
+    def slow(route: str, body: Any) -> Any:
+        if route == "/update_weights":
+            over.wait(30)
+        return answer(route, body)
+
+    async def body(state: Run) -> None:
+        monkeypatch.setattr(servers[1], "_answer", slow)
+        updating = asyncio.create_task(state.give(2))
+        await until(lambda: servers[0].version == ":2" and not servers[0].paused)
+        assert (await state.pool.sample(request()))[0].versions == [2, 2, 2]
+        assert not updating.done()
+        over.set()
+        await updating
+        assert state.pool.reissued == 0
+        assert state.states() == ["up", "up"]
+
+    run(servers, body)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])

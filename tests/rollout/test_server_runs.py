@@ -112,6 +112,7 @@ def engine_at(*urls: str, count: int = 1, **options: Any) -> ServerEngine:
         device=torch.device("cpu"),
         weight_shapes={name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()},
         sizes={"hidden_size": "8"},
+        vocabulary=101,
         stop_ids=frozenset((0,)),
         logs=Path("unused"),
         **options,
@@ -136,6 +137,29 @@ def test_each_engine_is_a_run_of_its_own_and_its_processes_agree(server: FakeSer
     finally:
         for one in (engine, follower, other):
             one.close()
+
+
+def test_a_process_that_does_not_lead_knows_of_an_update_before_it_begins(
+    server: FakeServer,
+) -> None:
+    """It is answered from the new weights before it is told that all servers have them."""
+    known: list[int] = []
+
+    def agree(_: Callable[[], Any]) -> Any:
+        if made:
+            made[0]._run(asyncio.sleep(0))
+            known.append(made[0]._pool._newest)
+            return [None]
+        return "aaaaaaaa"
+
+    made: list[ServerEngine] = []
+    made.append(engine_at(server.url, agree=agree, leads=False))
+    try:
+        made[0].sync_weights(WEIGHTS.items(), 3)
+        made[0].sync_weights(WEIGHTS.items(), 4)
+    finally:
+        made[0].close()
+    assert known == [3, 3, 4, 4], "what others wait for, and then the update"
 
 
 def test_each_server_has_a_port_and_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
