@@ -39,7 +39,9 @@ class Member:
         is_attached: whether it is no server of the run's.
         is_given: whether the run has given it weights.
         state: "out": being brought back; "lost": given up.
-        trouble: why it was given up.
+        trouble: why it was given up, until it does well again.
+        rest: seconds for which it is left alone once it is given up, where nobody starts it again.
+        rests_until: when that ends.
         sampled: tokens that it had sampled when it was last asked, once requests take long.
         tokens: that requests under way there may cost.
     """
@@ -52,6 +54,8 @@ class Member:
     is_given: bool = False
     state: Literal["starting", "up", "out", "lost"] = "starting"
     trouble: str = ""
+    rest: float = 0.0
+    rests_until: float = 0.0
     sampled: float | None = None
     tokens: int = 0
     under_way: set[asyncio.Task[list[Completion]]] = field(default_factory=set)
@@ -64,6 +68,10 @@ class Member:
 
     def __str__(self) -> str:
         return f"the server at {self.client.url}"
+
+    def does_well(self) -> None:
+        """It has answered a request, or taken an update like others: what was before is past."""
+        self.trouble, self.rest = "", 0.0
 
 
 async def wait_ready(member: Member, seconds: float, health_wait: float) -> None:

@@ -39,6 +39,8 @@ _ATTEMPTS = 5
 _STARTS = 3
 """How often a server is started in a row without having answered a request."""
 _WATCHED_EVERY = 2.0
+_LONGEST_REST = 60.0
+"""Seconds after which a server that is given up is tried again at the latest, if it is healthy."""
 _HEALTH_WAIT = 10.0
 _GOING = 60.0
 """Seconds for which a server that was stopped is waited for to be gone."""
@@ -217,6 +219,7 @@ class ServerPool:
                 member.tokens -= request.tokens
             member.last_sign = time.monotonic()
             member.failures = 0
+            member.does_well()
             for other, (refusal, recovery) in refusals.items():
                 if other.recovery is recovery:
                     self._take_out(other, str(refusal))
@@ -356,6 +359,7 @@ class ServerPool:
 
     async def _has_newest(self, member: Member) -> None:
         if member.state != "out":  # taken out meanwhile for what a request met: it is restarted
+            member.does_well()
             await self._set(member, "up")
 
     async def _install(self, members: Sequence[Member]) -> tuple[int, Mapping[Member, Exception]]:
@@ -492,7 +496,11 @@ class ServerPool:
                 logger.warning("%s is back", member)
                 await self._set(member, "up")
                 return
-        logger.error("%s is given up: %s", member, why)
+        # A server may be healthy and fail at its weights each time, which all are read for.
+        member.rest = min(max(_WATCHED_EVERY, 2 * member.rest), _LONGEST_REST)
+        member.rests_until = time.monotonic() + member.rest
+        if why != member.trouble:
+            logger.error("%s is given up: %s", member, why)
         member.trouble = why
         await self._set(member, "lost")
 
@@ -574,6 +582,8 @@ class ServerPool:
         if self._taken is not None:
             return
         if member.state == "lost" and member.start is None:
+            if time.monotonic() < member.rests_until:
+                return
             if member.locate is not None:
                 member.locate()
             if await member.client.is_healthy(_HEALTH_WAIT):  # it may join again

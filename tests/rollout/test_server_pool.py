@@ -395,6 +395,40 @@ def test_a_lost_server_may_join_again(servers: list[FakeServer]) -> None:
     run(list(servers), body, timeout=1.0)
 
 
+def test_a_server_that_fails_at_every_update_is_tried_less_and_less(
+    servers: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time all weights are read for it. It is healthy throughout."""
+
+    async def body(state: Run) -> None:
+        member = state.pool.members[0]
+        servers[0].failing["/update_weights"] = 500
+        await state.give(2)
+        before = servers[0].routes().count("/update_weights")
+        await asyncio.sleep(3.0)
+        # After 0.1 s, 0.2 s, 0.4 s, 0.8 s, ...
+        assert 2 <= servers[0].routes().count("/update_weights") - before <= 6
+        assert caplog.text.count("is given up") == 1
+        assert "is given up: giving it the weights of step 2" in caplog.text
+        servers[0].failing.clear()
+        await until(lambda: state.states() == ["up", "up"])
+        assert servers[0].version == ":2"
+        assert member.rest > 0.0, "it may still fail at the first request"
+        assert (await state.pool.sample(request()))[0].versions == [2, 2, 2]
+        assert member.rest == 0.0
+
+        servers[0].failing["/update_weights"] = 500
+        await state.give(3)
+        await until(lambda: state.states() == ["lost", "up"])
+        assert caplog.text.count("is given up") == 2
+        servers[0].failing.clear()
+        await until(lambda: state.states() == ["up", "up"])
+        await state.give(4)
+        assert member.rest == 0.0
+
+    run(servers, body)
+
+
 def test_the_run_ends_when_no_server_is_left(servers: list[FakeServer]) -> None:
     async def body(state: Run) -> None:
         asked = asyncio.create_task(state.pool.sample(request()))
