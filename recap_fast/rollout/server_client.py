@@ -29,6 +29,7 @@ _CONNECTIONS = 1024
 """Requests that may be under way at a server: its own limit of open files is no lower."""
 _OTHER_FILES = 512
 """Open files of a process that are no connections to servers."""
+_REFUSED = "connection refused"
 _SAMPLED = "vllm:generation_tokens_total"
 """vLLM's count of sampled tokens, a line for each engine and model."""
 _Some = TypeVar("_Some")
@@ -146,18 +147,21 @@ class ServerClient:
         """Whether anybody takes connections there."""
         return await self.why_absent() is None
 
-    async def why_absent(self) -> str | None:
+    async def is_refusing(self, timeout: float) -> bool:
+        """Whether connections are refused there: nobody listens. False where that is not known
+        within `timeout` seconds."""
+        return await self.why_absent(timeout) == _REFUSED
+
+    async def why_absent(self, timeout: float = _PROMPT_WAIT) -> str | None:
         """Why no connection can be made, or None."""
         address = self._http.base_url
         port = address.port or (443 if address.scheme == "https" else 80)
         try:
-            _, writer = await asyncio.wait_for(
-                asyncio.open_connection(address.host, port), _PROMPT_WAIT
-            )
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, port), timeout)
         except TimeoutError:
-            return f"no answer within {_PROMPT_WAIT:g} s"
+            return f"no answer within {timeout:g} s"
         except OSError as error:
-            return "connection refused" if isinstance(error, ConnectionRefusedError) else str(error)
+            return _REFUSED if isinstance(error, ConnectionRefusedError) else str(error)
         writer.close()
         return None
 

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _ABSENT = 30.0
 """Seconds for which nobody may listen at an address that a run attaches to."""
 _TOLD_EVERY = 60.0
+_REFUSES_WITHIN = 1.0
+"""Seconds in which this host refuses a connection to a port of its own."""
 
 
 class Starter(Protocol):
@@ -65,6 +67,11 @@ class Member:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever gives it weights."""
     recovery: asyncio.Task[None] | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a process of the run's starts it, this one or another."""
+        return self.start is not None or self.locate is not None
 
     def __str__(self) -> str:
         return f"the server at {self.client.url}"
@@ -116,12 +123,26 @@ async def wait_ready(member: Member, seconds: float, health_wait: float) -> None
 async def is_itself(member: Member) -> bool:
     """Whether no other than the run's own server has answered: who has taken its port may be
     healthy too, and has not its key."""
-    if member.start is None and member.locate is None:
+    if not member.is_own:
         return True
     with suppress(ServerTrouble, EngineError):
         await member.client.weight_version()
         return True
     return False
+
+
+async def has_died(member: Member, status: int | None) -> bool:
+    """Whether a server that was up is certainly dead, and not merely slow.
+
+    Args:
+        status: as it has answered /health. vLLM's HTTP process says 503 once its engine is dead;
+            what stands before a server of somebody else's may say so for a moment, or refuse.
+    """
+    if not member.is_own:
+        return False
+    if status is None:
+        return await member.client.is_refusing(_REFUSES_WITHIN)
+    return status == 503
 
 
 async def wait_listening(member: Member) -> None:

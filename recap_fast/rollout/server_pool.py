@@ -22,6 +22,7 @@ from recap_fast.rollout.server_client import ServerClient, ServerTrouble, each
 from recap_fast.rollout.server_label import OtherRunError, label
 from recap_fast.rollout.server_member import (
     Member,
+    has_died,
     in_full,
     is_itself,
     wait_listening,
@@ -596,8 +597,9 @@ class ServerPool:
         if process is not None and process.exit_status is not None:
             self._take_out(member, f"it ended with status {process.exit_status}")
             return
-        member.silent = 0 if await member.client.is_healthy(_HEALTH_WAIT) else member.silent + 1
-        if member.silent >= _SILENT:
+        status = await member.client.health(_HEALTH_WAIT)
+        member.silent = 0 if status == 200 else member.silent + 1
+        if member.silent >= _SILENT or (member.silent and await has_died(member, status)):
             self._take_out(member, "it does not answer")
         elif member.under_way:
             await self._look_at_progress(member)

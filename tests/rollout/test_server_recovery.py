@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from recap_fast.rollout import server_pool
 from recap_fast.rollout.protocol import EngineError
 from recap_fast.rollout.server_client import ServerClient, ServerTrouble
 from recap_fast.rollout.server_member import Member
@@ -116,6 +117,58 @@ def test_a_request_that_fails_in_an_update_has_the_server_started_again_once() -
         assert member.failures == 0
 
     assert run_own(body) == ["out", "up"], "stopped while it is out, and at the end"
+
+
+@pytest.mark.parametrize("dies", ["HTTP process", "engine"])
+def test_a_server_of_ours_is_left_at_the_first_look_after_its_death(
+    dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keeper, who may not have noticed, still runs."""
+    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 60.0)
+
+    async def body(state: Run, member: Member) -> None:
+        assert isinstance(member.process, Own)
+        server = member.process.server
+        assert server is not None
+        await state.pool._look_at(member)
+        assert member.state == "up"
+        if dies == "engine":
+            server.failing["/health"] = 503
+        else:
+            await asyncio.to_thread(server.die)
+        await state.pool._look_at(member)
+        assert member.state == "out"
+        await until(lambda: member.state == "up")
+
+    assert run_own(body) == ["out", "up"]
+
+
+@pytest.mark.parametrize("whose", ["ours", "somebody else's"])
+def test_what_is_no_certain_death_is_looked_at_twice(
+    whose: str, servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours may be slow; before another's, something may answer in its place."""
+    monkeypatch.setattr(server_pool, "_WATCHED_EVERY", 60.0)
+
+    async def body(state: Run, member: Member) -> None:
+        for expected in ("up", "out"):
+            await state.pool._look_at(member)
+            assert member.state == expected
+
+    async def attached(state: Run) -> None:
+        servers[0].failing["/health"] = 503
+        await body(state, state.pool.members[0])
+
+    async def ours(state: Run, member: Member) -> None:
+        assert isinstance(member.process, Own)
+        assert member.process.server is not None
+        member.process.server.failing["/health"] = 500
+        await body(state, member)
+
+    if whose == "ours":
+        run_own(ours)
+    else:
+        run(servers[:1], attached)
 
 
 def test_a_server_that_cannot_be_started_is_given_up_with_the_reason() -> None:
