@@ -467,11 +467,12 @@ class Trainer:
             logger.warning("skipped rows: %s: %d", what, count)
         for what, count in self.stream.noted.items():
             logger.warning("rows used in part: %s: %d", what, count)
-        for what, count in self.scorer.failures.items():
+        # Copies, since groups that were sampled ahead may still be scored.
+        for what, count in list(self.scorer.failures.items()):
             logger.warning("failed rewards: %s: %d", what, count)
-        for what, count in self.scorer.unreadable.items():
+        for what, count in list(self.scorer.unreadable.items()):
             logger.warning("answers that could not be read, worth 0: %s: %d", what, count)
-        for what, text in self.scorer.first_errors.items():
+        for what, text in list(self.scorer.first_errors.items()):
             logger.warning("first error of %s: %s", what, text)
 
     def _is_due(self, every: int, at_end: bool) -> bool:

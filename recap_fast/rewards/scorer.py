@@ -23,10 +23,11 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin from 3.11 on
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +45,8 @@ __all__ = ["RewardError", "RewardScorer", "Scoring"]
 _HEAVY_MODULES = {"accuracy": "math_verify", "reasoning_gym": "reasoning_gym"}
 _START_SECONDS = 180.0  # they import sympy, on what may be a busy machine
 _SILENT_SECONDS = 60.0
+_LOOKS_EVERY = 0.5
+"""Seconds without a reward after which a table looks whether the workers are there."""
 _BATCHES_PER_WORKER = 4  # evens out their load
 
 _Outcome = tuple[str, Any]
@@ -177,6 +180,8 @@ class RewardScorer:
         "r/unreadable")."""
         self.slow: set[int] = set()
         """Which of `rewards` do not fit into one time limit as a batch."""
+        self.heard = -math.inf
+        """When a worker was last done with a batch, whose ever it was."""
         self.pool: Any = None
         self._replacing = threading.Lock()
         if self.rewards:
@@ -202,17 +207,25 @@ class RewardScorer:
             pool.join()
 
     def start(
-        self, max_new_tokens: int, tally: RewardTally | None = None, *, judged: bool = True
+        self,
+        max_new_tokens: int,
+        tally: RewardTally | None = None,
+        *,
+        judged: bool = True,
+        on_done: Callable[[], object] | None = None,
     ) -> Scoring:
         """Begins a step, whose rollouts are scored while others are still being generated.
+
+        Several may be in progress, in several threads, but each in one thread alone.
 
         Args:
             max_new_tokens: the limit the rollouts are sampled with.
             tally: of a step whose rollouts are scored in several parts, the same one for each.
             judged: whether too many failures raise; or else `judge` is to be asked about them, for
                 rollouts that are no step.
+            on_done: called when `collect` has something to take, by a thread that must not wait.
         """
-        return Scoring(self, max_new_tokens, tally or RewardTally(), judged)
+        return Scoring(self, max_new_tokens, tally or RewardTally(), judged, on_done)
 
     def score(self, rollouts: Sequence[Rollout], max_new_tokens: int) -> RewardTable:
         """A step whose rollouts are all there: `start`, `add` and `table` in one."""
@@ -220,18 +233,25 @@ class RewardScorer:
         scoring.add(rollouts)
         return scoring.table()
 
-    def submit(self, jobs: Sequence[_Job]) -> Future[list[_Outcome]]:
-        """Has some worker compute a batch of calls. Never raises: the future does."""
+    def submit(self, jobs: Sequence[_Job]) -> tuple[Future[list[_Outcome]], Any]:
+        """Has some worker compute a batch of calls, and says of which pool. Never raises: the
+        future does."""
+        with self._replacing:  # by another thread, which is soon done
+            pool = self.pool
         try:
             # Pickled here, because an object that cannot be would take the pool's threads down.
-            future: Future[list[_Outcome]] = self.pool.schedule(
+            future: Future[list[_Outcome]] = pool.schedule(
                 _compute, args=(pickle.dumps(jobs),), timeout=self.config.timeout
             )
+            future.add_done_callback(self._hear)
         except Exception as error:  # noqa: BLE001 (a row, and so its pickling, may do anything)
             future = Future()
-            broken = isinstance(error, RuntimeError) and not self.pool.active
+            broken = isinstance(error, RuntimeError) and not pool.active
             future.set_exception(BrokenExecutor(str(error)) if broken else error)
-        return future
+        return future, pool
+
+    def _hear(self, _: Future[list[_Outcome]]) -> None:
+        self.heard = time.monotonic()
 
     def judge(self, rollouts: Sequence[Rollout], rewards: RewardTable) -> None:
         """Raises `RewardError` where more than `max_failure_fraction` of a step's rewards of one
@@ -316,6 +336,7 @@ class Scoring:
         max_new_tokens: int,
         tally: RewardTally,
         judged: bool = True,
+        on_done: Callable[[], object] | None = None,
     ) -> None:
         self._scorer = scorer
         self._judged = judged
@@ -329,6 +350,11 @@ class Scoring:
         self._calls, self._failed = tally.calls, tally.failed
         self._pending: dict[Future[list[_Outcome]], tuple[list[int], Any]] = {}
         """The calls of a batch, and the pool that has it."""
+        self._done: SimpleQueue[Future[list[_Outcome]]] = SimpleQueue()
+        self._on_done = on_done
+        self._submitted = -math.inf  # when a batch last was
+        self._split: list[list[int]] = []  # batches whose calls are computed one by one
+        self._broken: list[Any] = []  # pools that have lost batches
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """Hands rollouts to the workers, and returns at once. Whole groups make the best batches:
@@ -359,10 +385,24 @@ class Scoring:
             RewardError: more than `max_failure_fraction` of an objective's rewards failed, or the
                 workers cannot be kept running.
         """
-        to_split = self._finish()
-        self._submit([[call] for batch in to_split for call in batch])
-        self._finish()
-        for batch in to_split:
+        while (table := self.collect(_LOOKS_EVERY)) is None:
+            pass
+        return table
+
+    def collect(self, seconds: float = 0.0) -> RewardTable | None:
+        """Takes the rewards that are there, and waits for more until none comes for `seconds`.
+
+        Returns:
+            The `table`, whose errors are raised here as well, or None while rewards are missing.
+        """
+        while self._pending:
+            try:
+                future = self._done.get(timeout=seconds)
+            except Empty:
+                self._resubmit_lost()
+                return None
+            self._take(future)
+        for batch in self._split:
             # Each was done in time alone, so together they are too slow for one time limit.
             if all(self._outcomes[call][0] in ("value", "absent") for call in batch):
                 self._scorer.slow.update(self._jobs[call][0] for call in batch)
@@ -398,50 +438,54 @@ class Scoring:
 
     def _submit(self, batches: Sequence[list[int]]) -> None:
         for batch in batches:
-            future = self._scorer.submit([self._jobs[call] for call in batch])
-            self._pending[future] = (batch, self._scorer.pool)
+            future, pool = self._scorer.submit([self._jobs[call] for call in batch])
+            self._pending[future] = (batch, pool)
+            self._submitted = time.monotonic()
+            future.add_done_callback(self._tell)
 
-    def _finish(self) -> list[list[int]]:
-        """Waits for all batches; returns those of several calls in which one hung or died."""
-        to_split: list[list[int]] = []
-        for _ in range(3):  # a pool that breaks altogether is replaced twice
-            left_over = self._wait_until_broken(to_split)
-            if not left_over:
-                return to_split
-            for _, pool in left_over:
-                self._scorer.replace_pool(pool)
-            self._submit([batch for batch, _ in left_over])
-        raise RewardError(
-            "the reward workers broke down three times in one step; is the machine out of memory?"
-        )
+    def _tell(self, future: Future[list[_Outcome]]) -> None:
+        """Called by the pool's threads."""
+        self._done.put(future)
+        if self._on_done is not None:
+            self._on_done()
 
-    def _wait_until_broken(self, to_split: list[list[int]]) -> list[tuple[list[int], Any]]:
-        """Waits until all batches are done or their pool is broken or silent; returns those left
-        over."""
-        left_over: list[tuple[list[int], Any]] = []
-        heard = time.monotonic()
-        while self._pending:
-            done, _ = wait(self._pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            if done:
-                heard = time.monotonic()
-            else:
-                # Time limits hold from when a worker takes a job, which one of them always does.
-                silent = time.monotonic() - heard > self._scorer.config.timeout + _SILENT_SECONDS
-                lost = [f for f, (_, pool) in self._pending.items() if silent or not pool.active]
-                left_over += [self._pending.pop(future) for future in lost]
-            for future in done:
-                batch, pool = self._pending.pop(future)
-                error = None if future.cancelled() else future.exception()
-                if future.cancelled() or isinstance(error, BrokenExecutor):
-                    left_over.append((batch, pool))
-                elif error is not None and len(batch) > 1:
-                    to_split.append(batch)
-                elif error is not None:
-                    self._record(batch[0], self._failed_call(batch[0], error))
-                else:
-                    for call, outcome in zip(batch, future.result(), strict=True):
-                        self._record(call, outcome)
-        return left_over
+    def _take(self, future: Future[list[_Outcome]]) -> None:
+        """Keeps what came of a batch; one of several calls in which one hung or died is split."""
+        if future not in self._pending:  # given up, and done after all
+            return
+        batch, pool = self._pending.pop(future)
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or isinstance(error, BrokenExecutor):
+            self._resubmit(batch, pool)
+        elif error is not None and len(batch) > 1:
+            self._split.append(batch)
+            self._submit([[call] for call in batch])
+        elif error is not None:
+            self._record(batch[0], self._failed_call(batch[0], error))
+        else:
+            for call, outcome in zip(batch, future.result(), strict=True):
+                self._record(call, outcome)
+
+    def _resubmit_lost(self) -> None:
+        """Gives the batches of a pool that is broken or silent to another one."""
+        # Time limits hold from when a worker takes a job, which one of them always does: of this
+        # step, or of another one that came before it.
+        silent_since = max(self._submitted, self._scorer.heard)
+        silent = time.monotonic() - silent_since > self._scorer.config.timeout + _SILENT_SECONDS
+        lost = [f for f, (_, pool) in self._pending.items() if silent or not pool.active]
+        for batch, pool in [self._pending.pop(future) for future in lost]:
+            self._resubmit(batch, pool)
+
+    def _resubmit(self, batch: list[int], broken: Any) -> None:
+        if broken not in self._broken:
+            self._broken.append(broken)
+        if len(self._broken) >= 3:
+            raise RewardError(
+                "the reward workers broke down three times in one step; is the machine out of "
+                "memory?"
+            )
+        self._scorer.replace_pool(broken)
+        self._submit([batch])
 
     def _failed_call(self, call: int, error: BaseException) -> _Outcome:
         """What came of a call whose worker did not return."""

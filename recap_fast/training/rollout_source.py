@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +38,7 @@ from recap_fast.training.scored_rollouts import (
     generate_and_score,
     merged,
 )
+from recap_fast.training.scoring_ahead import ScoringAhead
 from recap_fast.types import (
     Prompt,
     RewardTable,
@@ -233,7 +233,7 @@ class AsynchronousRollouts:
         self._scorer = scorer
         self._world = world
         self._metrics = EngineMetrics(engine.take_metrics, world)
-        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._scoring = ScoringAhead(scorer, config.rollout.max_new_tokens)
         self._rows = RowsAhead(stream)
         self._flights: dict[Key, _Flight] = {}  # own
         # Since the last batch that was trained on: of all processes, and own rollouts.
@@ -291,33 +291,12 @@ class AsynchronousRollouts:
                 self._flights[key] = self._send(one)
 
     def _send(self, one: DrawnPrompt) -> _Flight:
-        scored: Future[ScoredRollouts] = Future()
-        scored.set_running_or_notify_cancel()  # whoever waits for it shall not cancel it
         sampling = sampling_of(self._config, one.step)
         sampled = self._engine.submit(one.prompt, sampling, one.number, priority=one.step + 1)
-        sampled.add_done_callback(lambda done: self._score(done, scored))
-        return _Flight(sampled, scored)
+        return _Flight(sampled, self._scoring.score(sampled))
 
     def _is_mine(self, place: int) -> bool:
         return place % self._world.size == self._world.rank
-
-    def _score(self, sampled: Future[list[Rollout]], scored: Future[ScoredRollouts]) -> None:
-        """Called by the engine's thread, which must not wait."""
-
-        def work() -> None:
-            try:
-                rollouts = sampled.result()
-                started = time.monotonic()
-                scoring = self._scorer.start(self._config.rollout.max_new_tokens, judged=False)
-                scoring.add(rollouts)
-                table = scoring.table()
-                scored.set_result(ScoredRollouts(rollouts, table, 0.0, time.monotonic() - started))
-            except BaseException as error:  # noqa: BLE001 (whoever waits for the future gets it)
-                scored.set_exception(error)
-
-        if not sampled.cancelled():
-            with suppress(RuntimeError):  # closed in the meantime
-                self._scoring.submit(work)
 
     def _wait_for(self, step: int, stop: Sequence[int]) -> _Ready | None:
         """Waits until as many of this process's groups are complete as the step trains on, and all
@@ -410,7 +389,7 @@ class AsynchronousRollouts:
     def close(self) -> None:
         for flight in self._flights.values():
             flight.sampled.cancel()
-        self._scoring.shutdown(wait=False, cancel_futures=True)
+        self._scoring.close()
 
 
 def make_source(

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -47,6 +48,17 @@ def misbehave(sample, how="ok"):
 def slow(sample):
     time.sleep(0.2)
     return 1.0
+
+
+def meet(sample, *, folder, count, seconds):
+    """Whether so many calls were in the workers' hands at once: each waits there for the others."""
+    (Path(folder) / str(time.monotonic_ns())).touch()
+    deadline = time.monotonic() + seconds
+    while len(os.listdir(folder)) < count:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def process(sample):

@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import BrokenExecutor
 from functools import partial
+from queue import SimpleQueue
 from threading import Lock
 
 import numpy as np
@@ -473,6 +474,29 @@ def test_a_pool_that_breaks_under_two_steps_is_replaced_once():
         scores.pool.stop()
         scores.pool.join()
         assert [step.table().values.sum() for step in steps] == [1.0, 1.0]
+
+
+def test_a_step_behind_another_one_does_not_take_the_workers_for_silent(monkeypatch):
+    monkeypatch.setattr("recap_fast.rewards.scorer._SILENT_SECONDS", 0.2)
+    with scorer({"r": f"{CASES}:slow"}, workers=1, timeout=1.5) as scores:
+        pool = scores.pool
+        steps = [scores.start(16), scores.start(16)]
+        steps[0].add([rollout("")] * 16)  # 3.2 s
+        steps[1].add([rollout("")])
+        assert steps[1].table().values.tolist() == [[1.0]]
+        assert steps[0].table().values.min() == 1.0
+        assert scores.pool is pool
+
+
+def test_a_step_is_collected_without_waiting():
+    with scorer({"r": f"{CASES}:slow"}, timeout=10.0) as scores:
+        told = SimpleQueue()
+        scoring = scores.start(16, on_done=lambda: told.put(None))
+        scoring.add([rollout("")] * 2)
+        assert scoring.collect() is None
+        while (table := scoring.collect()) is None:
+            told.get(timeout=20)
+        assert table.values.tolist() == [[1.0]] * 2
 
 
 # -- answers on which a built-in breaks

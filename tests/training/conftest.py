@@ -69,21 +69,28 @@ def scorers() -> Iterator[list[RewardScorer]]:
 
 @pytest.fixture
 def make_source(tmp_path: Path, ahead_model: Path, scorers: list[RewardScorer]) -> Iterator[Any]:
-    """Makes a source and its engine, for a depth and overrides of the configuration."""
+    """Makes a source and its engine, for a depth and overrides of the configuration. The tests
+    share reward workers, but those with rewards of their own."""
     sources: list[Any] = []
+    own: list[RewardScorer] = []
 
     def build(
-        depth: int, *more: str, engine: Engine | None = None, world: World = ALONE
+        depth: int,
+        *more: str,
+        engine: Engine | None = None,
+        world: World = ALONE,
+        own_scorer: bool = False,
     ) -> tuple[Any, Engine]:
         config = make_config(tmp_path, ahead_model, depth, *more)
         engine = engine or Engine()
-        if not scorers:
-            scorers.append(RewardScorer(config.data.sources, config.objectives, config.rewards))
+        found = own if own_scorer else scorers
+        if not found:
+            found.append(RewardScorer(config.data.sources, config.objectives, config.rewards))
         stream = DataStream(config.data, tiny_tokenizer(), config.seed, None)
         kind = AsynchronousRollouts if depth else SynchronousRollouts
-        sources.append(kind(config, stream, engine, scorers[0], world))
+        sources.append(kind(config, stream, engine, found[0], world))
         return sources[-1], engine
 
     yield build
-    for source in sources:
-        source.close()
+    for closing in (*sources, *own):
+        closing.close()

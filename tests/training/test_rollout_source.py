@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ def test_a_step_does_not_wait_for_long_rollouts_where_they_may_be_older(make_sou
 def newest_first(source: Any, engine: Engine, waiting: Any, **_: Any) -> None:
     assert waiting, "the step waits for what nobody has asked for"
     engine.complete(start=len(engine.open) - 1)
-    source._scoring.submit(lambda: None).result()
+    wait([one.scored for one in source._flights.values() if one.sampled.done()])
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -276,6 +278,54 @@ def test_what_an_engine_cannot_sample_is_raised_by_the_next_step(make_source: An
     engine.open[-1][3].set_exception(UserError("no server is left"))  # of a later step
     with pytest.raises(UserError, match="no server is left"):
         source.next(0, [])
+
+
+SMALL = ("rollout.group_size=2", "data.batch_size=8")  # four groups a step
+
+
+def test_groups_are_with_the_reward_workers_at_once(tmp_path: Path, make_source: Any) -> None:
+    """Each of six rewards waits until all six are being computed: those of three groups."""
+    (tmp_path / "met").mkdir()
+    meet = json.dumps({"folder": str(tmp_path / "met"), "count": 6, "seconds": 20.0})
+    rewards = f"{{met: {{function: 'tests.rewards.reward_cases:meet', parameters: {meet}}}}}"
+    source, engine = make_source(
+        1, *SMALL, f"data.sources.0.rewards={rewards}",
+        "rewards.workers=6", "rewards.timeout=60", own_scorer=True,
+    )  # fmt: skip
+    (batch,) = train(source, engine, 0, 1)
+    assert len(rows(batch)) == 4
+    assert np.nanmin(batch.drawn.scored.rewards.values) == 1.0
+    assert batch.drawn.scored.rewards.failures == {}
+
+
+def test_a_reward_that_hangs_keeps_no_other_group(make_source: Any) -> None:
+    source, engine = make_source(
+        1, *SMALL, "data.sources.0.rewards={r: 'tests.rewards.reward_cases:misbehave'}",
+        "rewards.workers=2", "rewards.timeout=600", engine=Engine(holds=True), own_scorer=True,
+    )  # fmt: skip
+    source._send_until(0)
+    first, *later = [source._flights[key].scored for key in sorted(source._flights)]
+    prompt, sampling, index, future, version = engine.open.pop(0)
+    good, other = engine.group(prompt, sampling, index, version)
+    future.set_result([good, replace(other, text="hang")])
+    engine.complete()
+    assert len(later) == 7
+    assert not wait(later, timeout=60).not_done
+    assert not first.done()
+
+
+def test_groups_whose_reward_workers_are_lost_are_scored_by_others(make_source: Any) -> None:
+    source, engine = make_source(
+        1, *SMALL, "data.sources.0.rewards={r: 'tests.rewards.reward_cases:slow'}",
+        "rewards.workers=2", own_scorer=True,
+    )  # fmt: skip
+    source._send_until(0)
+    lost = source._scorer.pool
+    lost.stop()  # the one that replaces it also joins it
+    (batch,) = train(source, engine, 0, 1)
+    assert source._scorer.pool is not lost
+    assert len(rows(batch)) == 4
+    assert np.nanmin(batch.drawn.scored.rewards.values) == 1.0
 
 
 @pytest.mark.parametrize("size", [2, 3])

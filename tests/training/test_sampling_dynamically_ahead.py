@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_refills_are_bounded(make_source: Any) -> None:
 def test_later_steps_are_refilled_early_where_order_is_free(make_source: Any) -> None:
     for more, early in ((), False), (("rollout.async.max_staleness=3",), True):
         source, used = make_source(2, *DYNAMIC, *more, engine=engine())
-        source._scoring = Inline()
+        source._scoring = Inline(source._scoring)
         assert source.next(0, []) is not None
         refilled = {priority for prompt, priority, number in used.log if number >= 4}
         assert (refilled - {1} != set()) == early
@@ -131,13 +132,18 @@ def test_later_steps_are_refilled_early_where_order_is_free(make_source: Any) ->
 
 
 class Inline:
-    """Scores at once what is complete: nothing then depends on how fast a machine is."""
+    """Completes no group that is not scored: nothing then depends on how fast a machine is."""
 
-    def submit(self, work: Any) -> None:
-        work()
+    def __init__(self, scoring: Any) -> None:
+        self.scoring = scoring
 
-    def shutdown(self, **_: Any) -> None:
-        pass
+    def score(self, sampled: Any) -> Any:
+        scored = self.scoring.score(sampled)
+        sampled.add_done_callback(lambda _: wait([scored], timeout=60))
+        return scored
+
+    def close(self) -> None:
+        self.scoring.close()
 
 
 @pytest.mark.thinned(2)
@@ -146,7 +152,7 @@ def test_a_run_that_resumes_at_any_step_is_an_unbroken_one(
     depth: int, more: tuple[str, ...], make_source: Any
 ) -> None:
     source, used = make_source(depth, *DYNAMIC, *more, engine=engine())
-    source._scoring = Inline()
+    source._scoring = Inline(source._scoring)
     whole, states = [], [source.state_dict()]
     for step in range(STEPS):
         whole += train(source, used, step, step + 1)
@@ -154,7 +160,7 @@ def test_a_run_that_resumes_at_any_step_is_an_unbroken_one(
     assert any(state.get("drawn_ahead", {}).get("log") for state in states), "some refills wait"
     for step, state in enumerate(states[:-1]):
         resumed, again = make_source(depth, *DYNAMIC, *more, engine=engine())
-        resumed._scoring = Inline()
+        resumed._scoring = Inline(resumed._scoring)
         resumed.load_state_dict(json.loads(json.dumps(state)), step)
         assert resumed.state_dict() == state
         again.version = step
@@ -285,7 +291,7 @@ def test_processes_draw_the_same_refills(
         for rank in range(size)
     ]
     for source, _ in made:
-        source._scoring = Inline()
+        source._scoring = Inline(source._scoring)
     found: dict[int, list[StepBatch]] = {}
     threads = [
         threading.Thread(target=lambda r=rank: found.update({r: train(*made[r], 0, STEPS)}))
