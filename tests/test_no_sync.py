@@ -167,6 +167,7 @@ def test_a_step_of_two_updates_never_waits(step: Step, method: str) -> None:
         assert trainer.reweighter.priorities[:2].tolist() == pytest.approx(spread, rel=1e-5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_copied_and_waited_for(
     step: Step, method: str, monkeypatch: pytest.MonkeyPatch

@@ -626,6 +626,7 @@ def test_resume_with_another_reweighting_is_refused(finished, model, tmp_path, c
         Trainer(tiny_config(tmp_path, model, *more, *method, change), resume=True)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -35,6 +35,8 @@ def own() -> dict[str, Record]:
     return {record.case: record for record in table.records}
 
 
+@pytest.mark.slow
+@pytest.mark.variant
 def test_row_loops_are_found_and_measured(own: dict[str, Record]) -> None:
     record = own["aligned"]
     assert (record.kernel, record.arch, record.warps) == ("exp_kernel", "sm_90", 8)

@@ -55,6 +55,7 @@ def rows_of(process: Any, name: str, order: list[int], **parameters: Any) -> dic
         return {row: rows[row] for row in order}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FICKLE)
 def test_rows_depend_on_no_process_and_no_order(processes: list[Any], name: str) -> None:
     first = rows_of(processes[0], name, ROWS)

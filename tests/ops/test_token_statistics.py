@@ -138,6 +138,7 @@ def use_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
         monkeypatch.setattr(triton_rows, name, launches)
 
 
+@pytest.mark.thinned(5)
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [80, 77])
@@ -306,6 +307,7 @@ def test_refuses_what_linear_logprobs_refuses() -> None:
         linear_token_statistics(hidden, weight, targets, impl="cuda")
 
 
+@pytest.mark.thinned(3)
 @impls
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_agrees_with_trl(impl: str, softcap: float | None) -> None:

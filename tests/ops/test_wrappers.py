@@ -176,7 +176,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(Path(__file__), 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_unequal_shares_add_up_to_one_process(

@@ -211,6 +211,7 @@ def test_values_that_are_fine(cases, text, value):
     assert table.failures == {}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("text", "kind"),
     [

@@ -124,7 +124,7 @@ MIXED_SIGN = st.integers(-128, 128).map(lambda n: n / 64)
 POSITIVE = st.floats(2.0**-10, 1000.0, width=32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_recap_is_algorithm_2(data: st.DataObject) -> None:
     check_algorithm_2(data, in_one_launch=False)

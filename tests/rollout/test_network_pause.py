@@ -138,6 +138,7 @@ def test_a_network_that_stays_away_ends_the_run(servers: list[FakeServer]) -> No
     run(servers[:1], body, timeout=2.0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("route", ["/pause", "/update_weights", "/resume"])
 def test_an_update_does_not_wait_for_a_network_for_ever(
     route: str, servers: list[FakeServer]

@@ -145,6 +145,7 @@ def _a_version_that_is_no_text(answer: Any) -> None:
     answer["choices"][0]["weight_versions"][0]["version"] = None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "damage",
     [

@@ -272,6 +272,7 @@ def test_two_processes_train_on_images_as_one(tmp_path: Path, trained_tower: boo
     assert_same(two, one, ("DTensor",) if trained_tower else ("DTensor", "Parameter"))
 
 
+@pytest.mark.slow
 def test_what_processes_tell_each_other(tmp_path: Path, models: dict[bool, Path]) -> None:
     save_config(tiny_config(tmp_path, models[True]), tmp_path / "full.yaml")
     for rank, found in enumerate(run_ranks(WORLD, 2, tmp_path, str(tmp_path / "full.yaml"))):

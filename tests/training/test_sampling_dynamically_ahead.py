@@ -67,6 +67,7 @@ def check_each_once(batches: list[StepBatch]) -> None:
     assert len(found) == len(set(found)), "each is trained on or dropped, once"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("depth", "more"), ORDERS)
 def test_groups_without_a_signal_are_replaced_and_counted(
     depth: int, more: tuple[str, ...], make_source: Any

@@ -155,6 +155,7 @@ def alone() -> Iterator[World]:
     dist.destroy_process_group()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", [EXACT[1], EXACT[3], NARROW[2]], ids=lambda case: case.name)
 def test_one_rank_takes_the_path_of_several(alone: World, case: Case, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
