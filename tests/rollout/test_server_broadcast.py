@@ -21,10 +21,10 @@ from recap_fast.rollout.cuda_memory import ExportedMemory
 from recap_fast.rollout.mismatch import verify_sync
 from recap_fast.rollout.protocol import iter_weights
 from recap_fast.rollout.shared_weights import DeviceMemoryWeights, SharedMemoryWeights
-from recap_fast.types import Prompt, WeightSyncError
+from recap_fast.types import Prompt
 from tests.rollout import cuda_stand_in, gloo_group
 from tests.rollout.conftest import random_llama
-from tests.rollout.test_server import SPEC, processes, start
+from tests.rollout.test_server import SPEC, check_that_a_group_arrives, processes, start
 from tests.rollout.test_vllm import GROUPS, mean_mismatch, perturb
 
 pytestmark = [
@@ -175,12 +175,7 @@ def test_every_group_of_a_tied_model_arrives(
     group: str, engine: Any, model: LlamaForCausalLM, prompts: list[Prompt]
 ) -> None:
     """The embedding is the head."""
-    engine.sync_weights(iter_weights(model, engine.dtype), 1)
-    perturb(model, group)
-    with pytest.raises(WeightSyncError):
-        verify_sync(engine, model, prompts, tolerance=1e-4)
-    engine.sync_weights(iter_weights(model, engine.dtype), 2)
-    assert verify_sync(engine, model, prompts, tolerance=1e-5).stale == []
+    check_that_a_group_arrives(group, engine, model, prompts)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -198,5 +193,5 @@ def test_every_group_of_a_tied_model_arrives_through_shared_memory(
     shared = transfer.MemoryTransfer(SharedMemoryWeights(engine.dtype))
     monkeypatch.setattr(engine, "_transfer", shared)
     monkeypatch.setattr(engine._pool, "_transfer", shared)
-    test_every_group_of_a_tied_model_arrives(group, engine, model, prompts)
+    check_that_a_group_arrives(group, engine, model, prompts)
     shared.close()
