@@ -124,14 +124,16 @@ def _read_completion(
 ) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise ValueError(f"a completion ended for the reason {choice['finish_reason']!r}")
-    token_ids = [int(token) for token in choice["token_ids"]]
+    token_ids = list(choice["token_ids"])
+    if not all(type(token) is int for token in token_ids):  # int(6.7) would be another token
+        raise TypeError(f"token ids that are not whole numbers: {token_ids[:8]}")
     if not all(0 <= token < request.vocabulary for token in token_ids):
         problem = f"token ids between {min(token_ids)} and {max(token_ids)}"
         raise ValueError(f"{problem}, of a vocabulary of {request.vocabulary}")
     content = choice["logprobs"]["content"]
     if not 1 <= len(token_ids) <= request.max_new_tokens:
         raise ValueError(f"{len(token_ids)} tokens, wanted 1 to {request.max_new_tokens}")
-    if [int(entry["token_id"]) for entry in content] != token_ids:
+    if [entry["token_id"] for entry in content] != token_ids:
         raise ValueError("log-probs of other tokens than it sampled")
     logprobs = [float(entry["logprob"]) for entry in content]
     if not all(_NO_LOGPROB < value < 1e-3 for value in logprobs):

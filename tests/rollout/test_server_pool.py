@@ -242,9 +242,11 @@ def saying(server: FakeServer, **what: Any) -> None:
         ),
         ({"token_ids": [5, 101, 6]}, "token ids between 5 and 101"),
         ({"token_ids": [-7, 3, 4]}, "token ids between -7 and 4"),
+        ({"token_ids": [6.7, 3, 4]}, "token ids that are not whole numbers: [6.7, 3, 4]"),
+        ({"token_ids": [True, 3, 4]}, "token ids that are not whole numbers: [True, 3, 4]"),
         ({"version": ":99"}, "from the weights of step 99, and the newest are those of step 1"),
     ],
-    ids=["far beyond", "just beyond", "negative", "a version that nobody gave"],
+    ids=["far beyond", "just beyond", "negative", "a float", "a bool", "a version nobody gave"],
 )
 def test_well_formed_nonsense_is_asked_of_another(
     what: dict[str, Any], problem: str, servers: list[FakeServer], caplog: pytest.LogCaptureFixture
