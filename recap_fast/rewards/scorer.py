@@ -184,6 +184,8 @@ class RewardScorer:
         """When a worker was last done with a batch, whose ever it was."""
         self.pool: Any = None
         self._replacing = threading.Lock()
+        self.counting = threading.Lock()
+        """Held while an outcome is counted: `Scoring`s of several threads count in one place."""
         if self.rewards:
             self._start_pool()
 
@@ -510,11 +512,12 @@ class Scoring:
             return
         scorer = self._scorer
         name = scorer.rewards[self._jobs[call][0]].objective
-        scorer.first_errors.setdefault(f"{name}/{kind}", f"row {self._where[call]}: {value}")
-        if kind == "unreadable":
-            scorer.unreadable[name] += 1
-            return
-        scorer.failures[f"{name}/{kind}"] += 1
+        with scorer.counting:
+            scorer.first_errors.setdefault(f"{name}/{kind}", f"row {self._where[call]}: {value}")
+            if kind == "unreadable":
+                scorer.unreadable[name] += 1
+                return
+            scorer.failures[f"{name}/{kind}"] += 1
         self._failed[name] += 1
         if kind in ("timeout", "crashed"):
             self._stop_if_too_many(name)
