@@ -113,9 +113,9 @@ class StepFeedback:
     of a run, and JSON-able."""
 
     weights: Mapping[str, float] = field(default_factory=dict)  # lambda, by objective
-    groups: Sequence[tuple[str, int, bool]] = ()
+    groups: Sequence[tuple[str, int, bool | None]] = ()
     """Of each group that was sampled, dropped ones too: its prompt's source and row, and whether it
-    was solved."""
+    was solved; None: no reward says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,8 +146,8 @@ class ReviewConfig(Section):
     """Largest share of a source's rows that are reviewed; a step rounds it down or up, so that it
     holds over steps."""
     after: int = Field(50, ge=1)
-    """Steps after which a solved prompt comes back. They double each time it is solved again; one
-    that is not comes back at once, a few times."""
+    """Steps after which a solved prompt comes back. They double each time a review finds it solved;
+    one that is not comes back at once, a few times."""
     rewards: Annotated[list[str], Field(min_length=1)] = ["accuracy"]
     """Objectives that say whether a prompt is solved: all of these that its source has."""
     threshold: float = 0.75

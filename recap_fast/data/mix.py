@@ -75,7 +75,7 @@ class DataStream:
                 if judging.intersection(source.rewards)
             }
         self._step = 0  # of the next rows
-        self._reviewed: dict[str, list[bool]] = {name: [] for name in self._reviews}
+        self._reviewed: dict[str, list[bool | None]] = {name: [] for name in self._reviews}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -155,8 +155,8 @@ class DataStream:
             metrics |= {f"mixing/{name}": share for name, share in shares}
         for name, solved in self._reviewed.items():
             metrics[f"review/{name}"] = len(solved)
-            kept = sum(solved) / len(solved) if solved else float("nan")
-            metrics[f"review_solved/{name}"] = kept
+            known = [one for one in solved if one is not None]
+            metrics[f"review_solved/{name}"] = sum(known) / len(known) if known else float("nan")
         return metrics
 
     def refill(self, sources: Sequence[str]) -> list[Prompt]:

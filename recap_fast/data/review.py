@@ -63,22 +63,30 @@ class ReviewQueue:
         """A row that cannot be used any more."""
         del self._solved[row]
 
-    def report(self, row: int, is_solved: bool, step: int) -> bool:
+    def report(self, row: int, is_solved: bool | None, step: int) -> bool:
         """Takes in what became of a prompt, reviewed or not. Whether it was reviewed.
 
         Args:
+            is_solved: None: nobody knows. A prompt under review then waits as long again.
             step: the next one that is drawn.
         """
         before = self._solved.get(row)
+        was_reviewed = before is not None and before.due is None
         after = self._config.after
-        if is_solved:
-            interval = after if before is None or before.failures else 2 * before.interval
+        if is_solved is None:
+            if before is not None and before.due is None:
+                self._solved[row] = before._replace(due=step + before.interval)
+        elif is_solved:
+            interval = after
+            if before is not None and not before.failures:
+                # It lasted that long where a review says so. A small source's row comes every step.
+                interval = 2 * before.interval if was_reviewed else before.interval
             self._solved[row] = _Solved(step + interval, interval)
         elif before is not None and before.failures < _REPAIRS:
             self._solved[row] = _Solved(step, after, before.failures + 1)
         elif before is not None:
             del self._solved[row]
-        return before is not None and before.due is None
+        return was_reviewed
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

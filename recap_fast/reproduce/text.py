@@ -79,13 +79,22 @@ class TextSettings:
     topics: int = len(_TOPICS)
     window: int = 5
     """RECAP's: half the paper's, as the runs are an eighth of the paper's."""
+    review_after: int = 15
+    """`data.review.after`: a quarter of the run, as on images."""
     replay: int | None = None
     """Percent of all rows that are replayed, by SCARCE_METHODS. None: two thirds, by METHODS."""
 
 
 FULL = TextSettings()
 QUICK = TextSettings(
-    steps=2, batch_size=3, group_size=2, evaluate_every=1, held_out=4, topics=4, window=4
+    steps=2,
+    batch_size=3,
+    group_size=2,
+    evaluate_every=1,
+    held_out=4,
+    topics=4,
+    window=4,
+    review_after=1,
 )
 """Shows that everything works, and nothing else."""
 
@@ -150,7 +159,10 @@ def run_config(
 
 def _changes(settings: TextSettings, method: str) -> dict[str, Any]:
     if settings.replay is not None:
-        return method_changes(method, settings.replay, _BY_PURPOSE)
+        changes = method_changes(method, settings.replay, _BY_PURPOSE)
+        if "review" in changes["data"]:
+            changes["data"]["review"]["after"] = settings.review_after
+        return changes
     alone = {"sums": 1.0, "products": 0.0, "instructions": 0.0}
     return {
         "data": {"mixing": alone if method == "reasoning-only" else "uniform"},

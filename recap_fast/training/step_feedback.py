@@ -42,9 +42,10 @@ def step_feedback(
 
 def _solved_groups(
     config: TrainConfig, rollouts: Sequence[Rollout], values: np.ndarray
-) -> list[tuple[str, int, bool]]:
-    """Of each group with a reward that says so: its prompt's source and row, and whether the mean
-    of each such reward reaches the threshold. A reward that failed for all of them does not."""
+) -> list[tuple[str, int, bool | None]]:
+    """Of each group of a source with rewards that say so: its prompt's source and row, and whether
+    the mean of each such reward reaches the threshold. None where one is absent or failed for all
+    rollouts, and no other is below it: the prompt was neither solved nor lost."""
     review = config.data.review
     if review is None:
         return []
@@ -53,12 +54,14 @@ def _solved_groups(
         source.name: [names.index(name) for name in source.rewards if name in review.rewards]
         for source in config.data.sources
     }
-    found = []
+    found: list[tuple[str, int, bool | None]] = []
     for _, members in groupby(range(len(rollouts)), key=lambda row: rollouts[row].group):
         rows = list(members)
         prompt: Prompt = rollouts[rows[0]].prompt
         columns = judging[prompt.source]
         if columns:
             means = column_means(values[np.ix_(rows, columns)], np.float64)
-            found.append((prompt.source, prompt.row, bool((means >= review.threshold).all())))
+            is_solved = bool((means >= review.threshold).all())
+            is_lost = bool((means < review.threshold).any())
+            found.append((prompt.source, prompt.row, is_solved if is_solved or is_lost else None))
     return found

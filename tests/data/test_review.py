@@ -50,7 +50,20 @@ def test_prompts_of_the_ordinary_order_count_too():
     one = queue()
     one.report(1, True, 0)
     assert not one.report(1, True, 2), "it was not reviewed"
-    assert [one.take(1, step) for step in (4, 9, 10)] == [[], [], [1]]
+    assert [one.take(1, step) for step in (4, 5, 6)] == [[], [], [1]]
+
+
+def test_a_row_that_comes_several_times_a_step_waits_no_longer_for_it():
+    """As in a source that is smaller than a step's rows."""
+    one = queue()
+    for step in range(2000):
+        for _ in range(8):
+            one.report(1, True, step)
+    assert one.state_dict()["solved"][1] == (2003, 4, 0)
+    assert one.take(1, 2003) == [1]
+    for _ in range(8):
+        one.report(1, True, 2004)
+    assert one.state_dict()["solved"][1] == (2012, 8, 0)
 
 
 def test_what_is_lost_goes_first_then_what_is_due_for_longest():
@@ -74,6 +87,20 @@ def test_the_share_holds_over_steps_and_is_not_saved_up():
     assert sum(taken) == 20
     assert max(taken) == 1
     assert np.abs(np.cumsum(taken) - 0.5 * np.arange(1, 41)).max() <= 1
+
+
+def test_a_prompt_of_which_nobody_knows_is_neither_lost_nor_kept():
+    """Its reward failed."""
+    one = queue()
+    one.report(1, None, 0)
+    assert one.take(1, 100) == []
+    one.report(1, True, 100)
+    one.report(1, None, 101)
+    assert one.take(1, 104) == [1]
+    assert one.report(1, None, 105)
+    assert [one.take(1, step) for step in (105, 108, 109)] == [[], [], [1]]
+    assert one.report(1, True, 110)
+    assert [one.take(1, step) for step in (117, 118)] == [[], [1]]
 
 
 def test_a_row_that_cannot_be_used_is_forgotten():

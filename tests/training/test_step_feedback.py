@@ -47,13 +47,13 @@ def test_shares_follow_the_weights_before_balance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
-        ("[length]", [True, False, True, False]),
-        ("[vowels]", [True, True, False, False]),
-        ("[length, vowels]", [True, False, False, False]),
+        ("[length]", [True, False, True, None, None]),
+        ("[vowels]", [True, True, False, None, False]),
+        ("[length, vowels]", [True, False, False, None, False]),
     ],
 )
 def test_a_group_is_solved_where_each_mean_reaches_the_threshold(
-    tmp_path: Path, rewards: str, expected: list[bool]
+    tmp_path: Path, rewards: str, expected: list[bool | None]
 ) -> None:
     config = configured(tmp_path, f"data.review={{rewards: {rewards}, threshold: 0.7}}")
     values = np.array(
@@ -62,11 +62,12 @@ def test_a_group_is_solved_where_each_mean_reaches_the_threshold(
             [1, 1, NAN], [0, 1, NAN],
             [NAN, 0, NAN], [1, NAN, NAN],  # over those that have it
             [NAN, NAN, NAN], [NAN, NAN, NAN],
+            [NAN, 0, NAN], [NAN, 1, NAN],  # length failed for both, and vowels say enough
         ],
         np.float32,
     )  # fmt: skip
     values[:3, :2] = 0
-    groups = [*10 * [0], 1, 1, 2, 2, 3, 3]
+    groups = [*10 * [0], 1, 1, 2, 2, 3, 3, 4, 4]
     told = step_feedback(config, METRICS, rollouts(groups), RewardTable(values), ALONE)
     assert told.weights == {}
     assert list(told.groups) == [("sums", 10 + i, one) for i, one in enumerate(expected)]
