@@ -123,13 +123,19 @@ class Step:
         self.updates: list[PackedUpdate] = self.trainer._pack(rows.supervised, rollouts, advantages)
         assert all(update.batches for update in self.updates)
 
-    def on(self, device: torch.device, method: str) -> Trainer:
+    def on(
+        self, device: torch.device, method: str, measure_every: int = 0, **parameters: Any
+    ) -> Trainer:
         """The trainer with a method's reweighter, and everything of it on a device."""
         trainer = self.trainer
         names = [objective.name for objective in trainer.config.objectives]
         weights = {"weights": dict.fromkeys(names, 1.0)} if method == "static" else {}
-        settings = ReweightingConfig(method=method, parameters=weights)  # type: ignore[arg-type]
-        config = trainer.config.model_copy(update={"reweighting": settings})
+        settings = ReweightingConfig(
+            method=method,  # type: ignore[arg-type]
+            parameters=weights | parameters,
+            measure_gradients_every=measure_every,
+        )
+        config = trainer.config = trainer.config.model_copy(update={"reweighting": settings})
         trainer.reweighter = _build_reweighter(config, device)
         trainer.balance = GradientBalance(len(names), device)
         supervised = [objective.kind == "loss" for objective in config.objectives]
@@ -165,6 +171,16 @@ def test_a_step_of_two_updates_never_waits(step: Step, method: str) -> None:
         values = step.rewards.values[:, :2]
         spread = values.std(0, ddof=1) / np.abs(values.mean(0))
         assert trainer.reweighter.priorities[:2].tolist() == pytest.approx(spread, rel=1e-5)
+
+
+def test_a_step_with_retention_and_measured_gradients_never_waits(step: Step) -> None:
+    trainer = step.on(torch.device("cpu"), "recap", measure_every=1, retention=1.0, window=4)
+    for _ in range(5):  # takes part from the fourth on
+        with ForbidHostSync():
+            stats = trainer._learn(step.updates, step.rewards, 1e-3)
+    assert stats.parameter_norms is not None
+    assert stats.parameter_norms.shape == (3,)
+    assert trainer.reweighter.retentions.shape == (3,)
 
 
 @pytest.mark.thinned(3)

@@ -622,8 +622,22 @@ def test_resume_with_another_reweighting_is_refused(finished, model, tmp_path, c
     run = f"run={finished[0].run}"
     more = ["evaluation.every=2", "training.steps=9", run]
     method = ["reweighting.parameters={}"] if "method" in change else []
-    with pytest.raises(ConfigError, match="reweighting"):
+    wanted = r"^reweighting\.(method|parameters|balance): .* was trained with .* does not fit"
+    with pytest.raises(ConfigError, match=wanted):
         Trainer(tiny_config(tmp_path, model, *more, *method, change), resume=True)
+
+
+def test_gradients_can_be_measured_from_a_resume_on(finished, model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].run, run)
+    more = [f"run={run}", "training.steps=9", "reweighting.measure_gradients_every=1"]
+    before = load_config(run / "config.yaml")
+    trainer = Trainer(tiny_config(tmp_path, model, "evaluation.every=2", *more), resume=True)
+    try:
+        assert before.reweighting.measure_gradients_every == 0
+        assert trainer.config.reweighting.measure_gradients_every == 1
+    finally:
+        trainer.close()
 
 
 @pytest.mark.thinned(2)

@@ -79,7 +79,9 @@ class GradientBalance:
         logs = self.means.where(ready, 1.0).log()
         middle = logs.where(ready, 0.0).sum() / ready.sum().clamp(min=1)
         factors = (middle - logs).exp().clamp(1 / MOST, MOST).where(ready, self._unknown.double())
-        self.factors.copy_(factors * (weights.sum() / (weights * factors).sum()))
+        total = (weights * factors).sum()
+        scale = torch.where(total > 0, weights.sum() / total, 1.0)  # all weights may be 0
+        self.factors.copy_(factors * scale)
         self.weights.copy_(weights * self.factors)
         return self.weights.clone()
 
@@ -91,11 +93,15 @@ class GradientBalance:
         """Continue from `state_dict()`.
 
         Raises:
-            ValueError: the state is of another K, or of something else.
+            ValueError: the state is of another K, of something else, or damaged.
         """
         for name, buffer in (("means", self.means), ("counts", self._counts)):
-            if name not in state or state[name].shape != buffer.shape:
-                got = list(state[name].shape) if name in state else "none"
-                raise ValueError(f"balance: wanted {name} {list(buffer.shape)}, got {got}")
+            given = state.get(name)
+            if given is None or given.shape != buffer.shape or given.dtype != buffer.dtype:
+                got = "none" if given is None else f"{list(given.shape)} {given.dtype}"
+                wanted = f"{list(buffer.shape)} {buffer.dtype}"
+                raise ValueError(f"balance: wanted {name} {wanted}, got {got}")
+            if not (given.isfinite() & (given >= 0)).all():
+                raise ValueError(f"balance: {name} below 0 or not finite: {given.tolist()}")
         self.means.copy_(state["means"])
         self._counts.copy_(state["counts"])

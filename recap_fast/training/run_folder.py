@@ -112,11 +112,13 @@ def _check_resumable(config: TrainConfig, run_dir: Path, step: int) -> None:
     if before.objectives != config.objectives:
         old, new = ([o.name for o in c.objectives] for c in (before, config))
         raise ConfigError(f"run: {run_dir} was trained on objectives {old}, not on {new}")
-    if before.reweighting != config.reweighting:
-        raise ConfigError(
-            f"reweighting: {run_dir} was trained with {before.reweighting!r}, whose windows do "
-            f"not fit {config.reweighting!r}"
-        )
+    for key, was in before.reweighting:
+        now = getattr(config.reweighting, key)
+        if now != was and key != "measure_gradients_every":  # which only looks
+            raise ConfigError(
+                f"reweighting.{key}: {run_dir} was trained with {was!r}, whose state does not fit "
+                f"{now!r}"
+            )
     if before.model.lora != config.model.lora:
         raise ConfigError(
             f"model.lora: {run_dir} was trained with {before.model.lora!r}, whose weights do not "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,13 @@ def test_one_objective_keeps_its_weight() -> None:
     assert GradientBalance(1).weigh(torch.ones(1)).tolist() == [1]
 
 
+def test_weights_that_are_all_0_stay_0() -> None:
+    balance = GradientBalance(2)
+    balance.observe(torch.tensor([1.0, 4.0]))
+    assert balance.weigh(torch.zeros(2)).tolist() == [0, 0]
+    assert balance.factors.tolist() == [2.0, 0.5]
+
+
 def test_state_continues_to_the_bit() -> None:
     first, second = GradientBalance(3), GradientBalance(3)
     norms = torch.rand(20, 3)
@@ -85,7 +94,15 @@ def test_refuses_other_shapes() -> None:
     balance = GradientBalance(3)
     with pytest.raises(ValueError, match=r"norms must be \[3\] floating, got \[2\] torch.float32"):
         balance.observe(torch.ones(2))
-    with pytest.raises(ValueError, match=r"balance: wanted means \[3\], got none"):
+    with pytest.raises(ValueError, match=r"balance: wanted means \[3\] torch.float64, got none"):
         balance.load_state_dict({})
+    with pytest.raises(ValueError, match=r"got \[2\] torch.float64"):
+        balance.load_state_dict(GradientBalance(2).state_dict())
+    state = balance.state_dict()
+    with pytest.raises(ValueError, match=r"wanted counts \[3\] torch.int64, got \[3\] torch.flo"):
+        balance.load_state_dict(state | {"counts": torch.ones(3)})
+    means = torch.tensor([1, math.nan, 1], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"means below 0 or not finite: \[1.0, nan, 1.0\]"):
+        balance.load_state_dict(state | {"means": means})
     with pytest.raises(ValueError, match="num_objectives must be an integer >= 1, got 0"):
         GradientBalance(0)
