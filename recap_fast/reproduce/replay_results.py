@@ -513,12 +513,13 @@ def _ability_table(outcomes: Outcomes, ability: str) -> str:
 
 
 def _summary_table(outcomes: Outcomes) -> str:
-    differences = [f"grounding less Uniform's, {share} %" for share in CLAIM_SHARES]
+    shares = sorted({share for _, share, _ in outcomes.runs if share})
+    differences = [f"grounding less Uniform's, {share} %" for share in shares]
     head = ["", f"share that keeps grounding within {KEPT}", *differences, "step time / Uniform's"]
 
     def rows() -> Iterator[list[str]]:
         for method in outcomes.methods:
-            lost = [outcomes.against_uniform(method, share, "grounding") for share in CLAIM_SHARES]
+            lost = [outcomes.against_uniform(method, share, "grounding") for share in shares]
             if method == "uniform":
                 lost = [np.array([])] * len(lost)
             ratio = cost(outcomes, method)
