@@ -74,7 +74,7 @@ class ReviewQueue:
         was_reviewed = before is not None and before.due is None
         after = self._config.after
         if is_solved is None:
-            if before is not None and before.due is None:
+            if before is not None and was_reviewed:
                 self._solved[row] = before._replace(due=step + before.interval)
         elif is_solved:
             interval = after
