@@ -17,8 +17,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from recap_fast.report.plot_style import COLOURS, DPI, INK, MUTED, STYLE
 from recap_fast.report.plots import Plot
+from recap_fast.reproduce.intervals import interval
 from recap_fast.reproduce.replay import METHODS, NO_REPLAY
-from recap_fast.reproduce.replay_results import Outcomes, interval
+from recap_fast.reproduce.replay_results import Outcomes
 from recap_fast.reproduce.results import ABILITIES
 
 _COLUMNS: dict[str, tuple[str, ...]] = {

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from recap_fast.config import TrainConfig
 from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import MACHINE_FILE, read_metrics
 from recap_fast.reproduce.experiment import ExperimentError
+from recap_fast.reproduce.intervals import CONFIDENCE, Interval, interval, markdown
 from recap_fast.reproduce.replay import (
     CLAIM_SEEDS,
     CLAIM_SHARES,
@@ -38,7 +38,6 @@ KEPT = 0.02
 """IoU below the base's that counts as kept."""
 LOSS_RATIO, REASONING_COST = 0.5, 0.01
 """Of the claim: the most that a new method may lose, in what Uniform loses and in accuracy."""
-_CONFIDENCE = 0.95
 _WHICH = ("methods", "shares", "seeds")
 """Settings that say which runs there are, and not how one goes."""
 
@@ -62,15 +61,6 @@ class Outcome:
 
     def loss(self, ability: str) -> float:
         return self.base[ability] - self.scores[ability]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean, and the ends of its interval: nan of a single value."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +188,6 @@ class Outcomes:
             if uniform is not None:
                 found.append(run.loss(ability) - ratio * uniform)
         return np.array(found)
-
-
-def interval(values: np.ndarray, level: float = _CONFIDENCE) -> Interval:
-    """Student's t interval of the mean of values [S], S at least 1."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Interval(mean, math.nan, math.nan)
-    quantile = float(student_t.ppf((1 + level) / 2, count - 1))
-    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
 
 
 def collect(
@@ -352,7 +332,7 @@ def cost(outcomes: Outcomes, method: str) -> Interval | None:
 
 def judge_claim(outcomes: Outcomes) -> Claim:
     """The claim of docs/recap.md. A trial is there once a seed of it is."""
-    level = 1 - (1 - _CONFIDENCE) / len(NEW_METHODS)
+    level = 1 - (1 - CONFIDENCE) / len(NEW_METHODS)
     trials, compared = [], 0
     for method in NEW_METHODS:
         for share in CLAIM_SHARES:
@@ -493,7 +473,7 @@ def _base_table(outcomes: Outcomes) -> str:
          str(sum(run.base == base for run in outcomes.everything))]
         for number, base in enumerate(outcomes.bases, 1)
     )  # fmt: skip
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _ability_table(outcomes: Outcomes, ability: str) -> str:
@@ -506,10 +486,10 @@ def _ability_table(outcomes: Outcomes, ability: str) -> str:
             found = [-outcomes.losses(method, 0 if alone else share, ability) for share in shares]
             runs = sum(key[0] == method for key in outcomes.runs)
             runs += len(outcomes.controls) if method == "uniform" else 0
-            cells = [_shown_mean(interval(values)) if len(values) else "" for values in found]
+            cells = [interval(values).plus_minus() if len(values) else "" for values in found]
             yield [METHODS[method].label, *cells, str(runs)]
 
-    return _markdown(head, rows())
+    return markdown(head, rows())
 
 
 def _summary_table(outcomes: Outcomes) -> str:
@@ -526,11 +506,11 @@ def _summary_table(outcomes: Outcomes) -> str:
             yield [
                 METHODS[method].label,
                 _shown_share(share_kept(outcomes, method), outcomes.shares(method)),
-                *(_shown(interval(-values)) if len(values) else "" for values in lost),
-                "" if ratio is None else _shown(ratio, digits=2),
+                *(interval(-values).ends() if len(values) else "" for values in lost),
+                "" if ratio is None else ratio.ends(digits=2),
             ]
 
-    return _markdown(head, rows())
+    return markdown(head, rows())
 
 
 def _course_table(outcomes: Outcomes) -> str:
@@ -546,12 +526,12 @@ def _course_table(outcomes: Outcomes) -> str:
                 shown = [f"{np.mean(values):.2f}" if values else "" for values in found]
                 yield [METHODS[method].label, str(len(kept)), *shown]
 
-    return _markdown(["on the way", "runs", *keys], rows()) if keys else ""
+    return markdown(["on the way", "runs", *keys], rows()) if keys else ""
 
 
 def _claim_table(outcomes: Outcomes) -> str:
     claim = judge_claim(outcomes)
-    level = 100 * (1 - (1 - _CONFIDENCE) / len(NEW_METHODS))
+    level = 100 * (1 - (1 - CONFIDENCE) / len(NEW_METHODS))
     head = [
         "new method", "replay", f"loss - {LOSS_RATIO} x Uniform's ({level:.0f} %)",
         "reasoning lost against Uniform", "passes", "rows replayed",
@@ -562,31 +542,15 @@ def _claim_table(outcomes: Outcomes) -> str:
             yield [
                 METHODS[trial.method].label,
                 f"{trial.share} %",
-                _shown(trial.excess),
-                _shown(trial.reasoning_cost),
+                trial.excess.ends(),
+                trial.reasoning_cost.ends(),
                 "" if claim.missing else "yes" if trial.passes else "no",
                 f"{outcomes.replayed(trial.method, trial.share):.1f} %",
             ]
 
     by = f" by {', '.join(METHODS[name].label for name in claim.winners)}" if claim.winners else ""
     why = f": {claim.missing} comparisons are missing" if claim.missing else by
-    return _markdown(head, rows()) + f"\nThe claim: {claim.verdict}{why}.\n"
-
-
-def _markdown(head: Sequence[str], rows: Iterator[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _shown(found: Interval, digits: int = 3) -> str:
-    if math.isnan(found.low):
-        return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
-
-
-def _shown_mean(found: Interval) -> str:
-    half = found.high - found.mean
-    return f"{found.mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+    return markdown(head, rows()) + f"\nThe claim: {claim.verdict}{why}.\n"
 
 
 def _shown_share(found: Interval | None, shares: Sequence[int]) -> str:

@@ -34,6 +34,7 @@ from recap_fast.report.history import RunHistory
 from recap_fast.report.metrics import describe_machine, read_metrics
 from recap_fast.reproduce.experiment import with_window
 from recap_fast.reproduce.grid import Cell, make_output, run_grid
+from recap_fast.reproduce.intervals import interval, markdown
 from recap_fast.reproduce.replay import Sources, method_changes
 
 METHODS = ("reasoning-only", "uniform", "recap")
@@ -252,16 +253,37 @@ def collect_scores(cells: Sequence[Cell]) -> dict[str, dict[str, list[list[float
 
 
 def render_scores(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
-    """Markdown: a row before training, then one a method; means with deviations over seeds."""
-    lines = [f"| | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|"]
+    """Markdown: a row before training, then one a method; means with deviations over seeds.
+
+    With several seeds a second table has how much each method's last scores lie above Uniform's of
+    the same seed: the mean, with its 95 % interval.
+    """
     first = next(iter(results.values()))
-    lines.append(f"| before | {' | '.join(_cell(first[label], 0) for label in SCORES)} |")
-    for method, scores in results.items():
-        lines.append(f"| {method} | {' | '.join(_cell(scores[label], -1) for label in SCORES)} |")
-    return "\n".join(lines) + "\n"
+    rows = [_row(method, scores, -1) for method, scores in results.items()]
+    tables = markdown(["", *SCORES], [_row("before", first, 0), *rows])
+    uniform, seeds = results.get("uniform"), len(next(iter(first.values())))
+    if uniform is None or seeds < 2:
+        return tables
+    differences = [
+        [
+            method,
+            *(interval(_at(scores, k, -1) - _at(uniform, k, -1)).ends() for k in SCORES),
+        ]
+        for method, scores in results.items()
+        if method != "uniform"
+    ]
+    return tables + "\n" + markdown(["above Uniform, paired", *SCORES], differences)
 
 
-def _cell(runs: Sequence[Sequence[float]], at: int) -> str:
-    values = np.array([run[at] if run else math.nan for run in runs])
+def _row(name: str, scores: Mapping[str, Sequence[Sequence[float]]], at: int) -> list[str]:
+    return [name, *(_cell(_at(scores, label, at)) for label in SCORES)]
+
+
+def _at(scores: Mapping[str, Sequence[Sequence[float]]], label: str, at: int) -> np.ndarray:
+    """A score of each seed [S] at evaluation `at`; nan of runs without any."""
+    return np.array([run[at] if run else math.nan for run in scores[label]])
+
+
+def _cell(values: np.ndarray) -> str:
     deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
     return f"{values.mean():.3f}{deviation}"

@@ -35,7 +35,6 @@ from recap_fast.reproduce.replay_results import (
     _course,
     _replayed,
     cost,
-    interval,
     judge_claim,
     read_earlier,
     render_tables,
@@ -145,17 +144,6 @@ def test_shares_are_of_all_rows_and_equal_among_what_is_replayed() -> None:
     sources = Sources("sums", ("products", "instructions"), ["accuracy"])
     changes = method_changes("uniform", 5, sources)
     assert changes["data"] == {"mixing": {"sums": 0.95, "products": 0.025, "instructions": 0.025}}
-
-
-def test_an_interval_is_students() -> None:
-    found = interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    half = 2.7764451 * math.sqrt(2.5) / math.sqrt(5)  # t of 0.975 and 4 degrees, from a table
-    assert np.allclose([found.mean, found.low, found.high], [3, 3 - half, 3 + half])
-    corrected = interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 0.99)
-    assert np.isclose(corrected.high, 3 + 4.6040949 * math.sqrt(2.5) / math.sqrt(5))
-    alone = interval(np.array([2.0]))
-    assert alone.mean == 2
-    assert math.isnan(alone.low)
 
 
 @pytest.mark.parametrize(

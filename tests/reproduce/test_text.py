@@ -43,6 +43,8 @@ def test_scarce_replay_has_the_methods_of_the_experiment_on_images(tmp_path, met
     uniform = method == "uniform"
     assert config.reweighting.method == ("uniform" if uniform else "recap")
     assert config.reweighting.parameters.get("window") == (None if uniform else 5)
+    review = config.data.review
+    assert (review and review.after) == (15 if method == "together" else None)
 
 
 def test_the_base_answers_instructions(model) -> None:
@@ -69,10 +71,25 @@ def test_the_table_has_the_scores_before_and_after(tmp_path) -> None:
             cells.append(cell)
     results = text.collect_scores(cells)
     assert results["recap"]["sums accuracy"] == [[0.25, 0.5], [0.25, 0.75]]
-    lines = text.render_scores(results).splitlines()
+    table, differences = text.render_scores(results).split("\n\n")
+    lines = table.splitlines()
     assert lines[2].startswith("| before | 0.250 ± 0.000 |")
     assert [line.split(" | ")[0] for line in lines[3:]] == [f"| {m}" for m in text.METHODS]
     assert "| 0.625 ± 0.177 |" in lines[3]
+    rows = differences.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| reasoning-only", "| recap"]
+    assert "| 0.000 (0.000 to 0.000) |" in rows[1]
+
+
+def test_differences_are_paired_by_seed_and_need_several() -> None:
+    def runs(*ends: float) -> dict[str, list[list[float]]]:
+        return {label: [[0.0, end] for end in ends] for label in text.SCORES}
+
+    found = text.render_scores({"uniform": runs(0.1, 0.5), "recap": runs(0.2, 0.6)})
+    assert "| recap | 0.100 (0.100 to 0.100) |" in found  # though the deviation of each is 0.28
+    alone = text.render_scores({"uniform": runs(0.1), "recap": runs(0.2)})
+    assert "paired" not in alone
+    assert "| recap | 0.200 |" in alone
 
 
 def scores(step: int, seed: int) -> dict[str, float]:
