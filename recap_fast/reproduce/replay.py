@@ -90,9 +90,7 @@ METHODS: dict[str, ReplayMethod] = {
         has_review=True,
     ),
     "balanced": ReplayMethod(
-        "Uniform balanced",
-        {"reweighting": _UNIFORM | {"balance": "gradient"}},
-        is_ablation=True,
+        "Uniform balanced", {"reweighting": _UNIFORM | {"balance": "gradient"}}
     ),
     "balanced-iou-3": ReplayMethod(
         "Balanced, IoU x 3",

@@ -118,8 +118,8 @@ def test_the_grid_has_every_place_once_and_the_claim_first(tmp_path) -> None:
 
 def test_what_takes_methods_apart_runs_at_the_shares_of_the_claim(tmp_path) -> None:
     cells = grid(FULL, tmp_path / "base", tmp_path)
-    assert {cell.share for cell in cells if cell.method == "balanced"} == set(CLAIM_SHARES)
-    assert len(cells) == 5 + 10 * 5 * 5 + 3 * 2 * 5
+    assert {cell.share for cell in cells if cell.method == "unclipped"} == set(CLAIM_SHARES)
+    assert len(cells) == 5 + 11 * 5 * 5 + 2 * 2 * 5
 
 
 def test_a_part_is_chosen_and_what_is_not_there_is_named(tmp_path) -> None:
