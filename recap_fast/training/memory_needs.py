@@ -182,7 +182,7 @@ class Planner:
             return
         own = ceil(self.trained / self.shards)
         spread = f"1/{self.shards} of " if self.shards > 1 else ""
-        count = f"{spread}{self.trained / 1e9:.2f} billion parameters"
+        count = f"{spread}{_counted(self.trained)}"
         # As narrow as a tower is, where it was published so.
         yield Part("frozen base", self.value * ceil(self.base / self.shards), "under adapters")
         yield Part("masters", 4 * own, f"float32, {count}")
@@ -367,3 +367,8 @@ class Planner:
             Part("gathered weights", gathered),
             Part("engine's reload", engine, "a layer and its copy"),
         )
+
+
+def _counted(parameters: int) -> str:
+    size, unit = (1e9, "billion") if parameters >= 1e9 else (1e6, "million")
+    return f"{parameters / size:.2f} {unit} parameters"

@@ -126,8 +126,11 @@ def test_auto_checkpoints_no_more_layers_than_it_must() -> None:
 
 def test_adapters_leave_the_base_narrow_and_count_as_peft_makes_them() -> None:
     config = load_config(PAPER, ["model.lora.rank=8", *REFERENCE])
-    parts = _gib(_plan(config, 2))
+    plan = _plan(config, 2)
+    parts = _gib(plan)
     shapes = load_shapes(config.model.path)
+    masters = next(part for part in plan.parts if part.name == "masters")
+    assert masters.note == "float32, 1/2 of 20.19 million parameters"
     assert parts["frozen base"] == pytest.approx(2 * shapes.text_parameters / 2 / GIB, rel=1e-6)
     assert "reference model" not in parts  # the base is
     assert parts["masters"] < 0.05
